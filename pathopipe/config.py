@@ -1,0 +1,153 @@
+"""Settings of every stage: frozen, documented, strict; an unknown key names the nearest known one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pathopipe.errors import UsageError
+from pathopipe.registry import nearest
+
+__all__ = ["Config", "EmbedConfig", "SlideConfig", "TilesConfig", "TissueConfig", "load_config"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SlideConfig(_Section):
+    """How slides are opened."""
+
+    mpp: float | None = Field(default=None, ge=0.05, le=50)
+    """Micrometres per level-0 pixel for slides that do not state theirs; overrides the file, not the manifest."""
+
+
+class TissueConfig(_Section):
+    """How tissue is found."""
+
+    mpp: float = Field(default=8.0, ge=1, le=64)
+    """Resolution of the one coarse read, in micrometres per mask pixel."""
+    mask: str | None = None
+    """A mask to use instead of detection: GeoJSON or a label image; ``{slide_id}`` stands for the slide's id."""
+    min_region_mm2: float = Field(default=0.02, ge=0)
+    """Smaller pieces of tissue are dropped."""
+    min_hole_mm2: float = Field(default=0.01, ge=0)
+    """Smaller holes in tissue are filled."""
+
+
+class TilesConfig(_Section):
+    """Which tiles are cut."""
+
+    side_px: int = Field(default=256, ge=16, le=8192)
+    """Side of a tile in pixels at ``mpp``; 256 px at 0.5 um/px is 128 um of tissue."""
+    mpp: float = Field(default=0.5, ge=0.05, le=50)
+    """Micrometres per tile pixel."""
+    overlap_px: int = Field(default=0, ge=0)
+    """Pixels that neighbouring tiles share; must be less than ``side_px``."""
+    min_tissue: float = Field(default=0.25, ge=0, le=1)
+    """Least share of tissue in a tile that is kept; 0 keeps every tile of the grid, glass too."""
+    edge: Literal["pad", "drop"] = "pad"
+    """Tiles that reach beyond the slide: ``pad`` fills them up with white, ``drop`` leaves them out."""
+    allow_enlarge: bool = False
+    """Allow tiles finer than the slide was scanned; refused otherwise."""
+
+
+class EmbedConfig(_Section):
+    """How tiles become embeddings."""
+
+    encoder: tuple[str, ...] = ("handcrafted",)
+    """Encoders to run: ``handcrafted`` or ``timm.<architecture>``."""
+    weights: Path | None = None
+    """Weights file for a ``timm.`` encoder (.safetensors, or .pt read with weights_only); random weights without."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Tiles the model sees at once; chosen by device when left out."""
+    chunk_rows: int | None = Field(default=None, ge=1)
+    """Tiles a storage chunk: the unit of work that a kill can lose. 1024 on a GPU, 256 on a CPU when left out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks run."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of networks; ``auto`` is fp32 on a CPU and bf16 autocast on a GPU that has it."""
+    read_threads: int | None = Field(default=None, ge=1, le=256)
+    """Threads that read tiles; the number of usable cores when left out."""
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """A slide fails when more than this share of its tiles is unreadable or not finite."""
+    seed: int = 0
+    """Seed of random weights."""
+
+
+class Config(_Section):
+    """Every setting, one section a stage."""
+
+    slide: SlideConfig = SlideConfig()
+    tissue: TissueConfig = TissueConfig()
+    tiles: TilesConfig = TilesConfig()
+    embed: EmbedConfig = EmbedConfig()
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then a YAML file, then ``section.key=value`` overrides.
+
+    Raises:
+        UsageError: The file can't be read, a key is unknown (the nearest is named), or a value is out of range.
+    """
+    settings: dict[str, Any] = _read_yaml(path) if path is not None else {}
+    for text in overrides:
+        _apply_override(settings, text)
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        where = f"{path}: " if path is not None else ""
+        raise UsageError(where + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: config can't be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path}: a config is a mapping of sections ({', '.join(Config.model_fields)})")
+    for name, section in loaded.items():
+        if section is None:
+            loaded[name] = {}
+    return loaded
+
+
+def _apply_override(settings: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise UsageError(f"--set {text}: write it as section.key=value, for example --set tiles.mpp=0.5")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    target = settings.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UsageError(f"--set {text}: '{section}' is not a section")
+    if name == "encoder" and isinstance(parsed, str):
+        parsed = [part.strip() for part in parsed.split(",") if part.strip()]
+    target[name] = parsed
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    dotted = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"unknown config key '{dotted}'; {nearest(location[-1], _known_keys(location[:-1]))}"
+    return f"{dotted}: {error['msg'].lower()}, got {error['input']!r}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

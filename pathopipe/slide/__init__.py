@@ -1,0 +1,1 @@
+"""Slides: one protocol over OpenSlide, TIFF and arrays; resolution by evidence."""
