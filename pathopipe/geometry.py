@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 from shapely.geometry import Polygon
 
@@ -67,6 +66,6 @@ def polygons_from_ragged(ragged: Ragged) -> list[Polygon]:
     """Rebuild the polygons that :func:`polygons_to_ragged` flattened."""
     rings = [ragged.vertices_l0[a:b] for a, b in zip(ragged.ring_offsets, ragged.ring_offsets[1:], strict=False)]
     return [
-        shapely.polygons(rings[a], holes=rings[a + 1 : b])
+        Polygon(rings[a], rings[a + 1 : b])
         for a, b in zip(ragged.polygon_offsets, ragged.polygon_offsets[1:], strict=False)
     ]

@@ -1,0 +1,77 @@
+"""The ``pathopipe`` program: its commands, how errors become one line, and the exit codes."""
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+import pathopipe
+from pathopipe.cli import demo, doctor, encoders, info, run, stages, synth, verify
+from pathopipe.errors import PathopipeError, UsageError
+
+__all__ = ["app", "main"]
+
+EXIT_FAILED = 1
+EXIT_WRONG_USE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="pathopipe",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""Whole-slide pathology: slides in; tissue, tiles and embeddings out.
+
+    \b
+    Start here:
+      pathopipe demo                          draw a slide and run everything on it
+      pathopipe run SLIDE.svs --out results   the same for a slide, a folder or a manifest
+    """,
+)
+app.command("demo", short_help="Draw a slide and run everything on it.")(demo.demo)
+app.command("run", short_help="Tissue, tiles and embeddings of slides; resumes.")(run.run)
+app.command("info", short_help="What a slide says of itself.")(info.info)
+app.command("tissue", short_help="One stage: find the tissue of a slide.")(stages.tissue)
+app.command("tiles", short_help="One stage: lay the tile grid over the tissue.")(stages.tiles)
+app.command("embed", short_help="One stage: embed the tiles.")(stages.embed)
+app.command("verify", short_help="Read every array; exit 0 if all is sound.")(verify.verify)
+app.command("synth", short_help="Draw an H&E slide with known truth.")(synth.synth)
+app.command("doctor", short_help="What this machine has, and what is missing.")(doctor.doctor)
+app.add_typer(encoders.app, name="encoders")
+
+
+class _Interrupted(BaseException):
+    """SIGINT or SIGTERM; no library catches it by mistake."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    # A second signal must not break into the tidying up after the first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Interrupted
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True)) -> None:
+    if version:
+        print(f"pathopipe {pathopipe.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the program; an error that pathopipe knows is one line and an exit code, a bug keeps its traceback."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except PathopipeError as error:
+        print(f"pathopipe: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_WRONG_USE if isinstance(error, UsageError) else EXIT_FAILED)
+    except _Interrupted:
+        print("pathopipe: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(EXIT_FAILED)

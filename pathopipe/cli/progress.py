@@ -1,0 +1,85 @@
+"""What a run says while it works: a bar on a terminal, plain lines elsewhere, always on stderr."""
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from pathopipe.pipeline import SlideOutcome
+
+__all__ = ["RunProgress", "describe_outcome", "format_table"]
+
+
+class RunProgress:
+    """Tells of slides and tiles as they are done."""
+
+    def __init__(self, n_slides: int) -> None:
+        self._n_slides = n_slides
+        self._n_ended = 0
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tiles"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def on_tiles(self, slide_id: str, done: int, total: int) -> None:
+        """Tiles of one slide are done."""
+        if self._bar is None:
+            return
+        if slide_id not in self._tasks:
+            self._tasks[slide_id] = self._bar.add_task(slide_id, total=total)
+        self._bar.update(self._tasks[slide_id], completed=done)
+
+    def on_slide(self, outcome: "SlideOutcome") -> None:
+        """One slide has ended."""
+        self._n_ended += 1
+        if self._bar is not None and outcome.slide_id in self._tasks:
+            self._bar.remove_task(self._tasks.pop(outcome.slide_id))
+        line = f"[{self._n_ended}/{self._n_slides}] {describe_outcome(outcome)}"
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def describe_outcome(outcome: "SlideOutcome") -> str:
+    """One line: what became of a slide, how long it took, and where the time went."""
+    if outcome.status == "failed":
+        return f"{outcome.slide_id}: FAILED after {outcome.seconds:.1f} s: {outcome.reason}"
+    bad = f" ({outcome.bad_tiles} bad)" if outcome.bad_tiles else ""
+    parts = [
+        f"{outcome.slide_id}: {'done' if outcome.did else 'was done already'} in {outcome.seconds:.1f} s",
+        f"{outcome.tissue_mm2:.2f} mm2 tissue",
+        f"{outcome.tiles} tiles{bad}",
+    ]
+    if outcome.report.tiles:
+        parts.append(", ".join(f"{name} {value:.1f} s" for name, value in outcome.report.seconds().items()))
+    if outcome.flags:
+        parts.append("flags: " + ", ".join(outcome.flags))
+    parts += [f"note: {problem}" for problem in outcome.problems]
+    return " · ".join(parts)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text columns, aligned, two blanks apart."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )

@@ -1,0 +1,195 @@
+"""Runs slides on this machine: in this process, or over Dask workers that share out the chunks of every slide."""
+
+import contextlib
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pathopipe.embeddings.embed import EmbedReport
+from pathopipe.errors import PathopipeError, StoreWriteError
+from pathopipe.files import durable_file
+from pathopipe.pipeline import Prepared, RunPlan, SlideOutcome, embed_pending, finish_slide, prepare_slide, run_slide
+from pathopipe.records import SlideRef
+
+__all__ = ["check_writable", "run_cohort", "usable_cores"]
+
+# A worker gets a few runs of chunks a slide: few enough that a task costs nothing, enough that the last one isn't long.
+_RUNS_A_WORKER = 4
+
+SlideDone = Callable[[SlideOutcome], None]
+TilesDone = Callable[[str, int, int], None]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which on a cluster are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_writable(out: Path) -> None:
+    """Make sure that the output folder takes files.
+
+    Raises:
+        StoreWriteError: It does not: no permission, read-only, or full.
+    """
+    probe = out / ".write-test"
+    with durable_file(probe) as file:
+        file.write(bytes(64 * 1024))
+    probe.unlink()
+
+
+def run_cohort(
+    refs: Sequence[SlideRef],
+    plan: RunPlan,
+    *,
+    workers: int = 1,
+    on_slide: SlideDone = lambda outcome: None,
+    on_tiles: TilesDone = lambda slide_id, done, total: None,
+) -> list[SlideOutcome]:
+    """Run every slide; one that fails is recorded and does not stop the others.
+
+    Args:
+        refs: The slides.
+        plan: What to do with each.
+        workers: Processes. With one, all happens in this process.
+        on_slide: Told of each slide as it ends.
+        on_tiles: Told the slide's id, tiles done and tiles in all.
+
+    Returns:
+        One outcome a slide, in the order of ``refs``.
+
+    Raises:
+        StoreWriteError: The output folder no longer takes any file. What was finished is kept.
+    """
+    check_writable(plan.out)
+    run = _run_here if workers == 1 else _run_on_workers
+    outcomes: dict[str, SlideOutcome] = {}
+    for outcome in run(refs, plan, workers, on_tiles):
+        outcomes[outcome.slide_id] = outcome
+        on_slide(outcome)
+    return [outcomes[ref.slide_id] for ref in refs]
+
+
+def _run_here(refs: Sequence[SlideRef], plan: RunPlan, workers: int, on_tiles: TilesDone) -> Iterator[SlideOutcome]:
+    for ref in refs:
+        started = time.perf_counter()
+        try:
+            yield run_slide(ref, plan, on_tiles)
+        except Exception as error:  # whatever is wrong with one slide, the cohort goes on
+            yield _failed(ref, plan, error, time.perf_counter() - started)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """A slide whose chunks are out at the workers."""
+
+    ref: SlideRef
+    started: float = field(default_factory=time.perf_counter)
+    prepared: Prepared | None = None
+    out: int = 0
+    tiles: int = 0
+    report: EmbedReport = field(default_factory=EmbedReport)
+    error: BaseException | None = None
+
+
+def _run_on_workers(
+    refs: Sequence[SlideRef], plan: RunPlan, workers: int, on_tiles: TilesDone
+) -> Iterator[SlideOutcome]:
+    from distributed import as_completed
+
+    plan = replace(plan, threads=max(1, usable_cores() // workers))
+    with _local_client(workers) as client:
+        progress = {ref.slide_id: _Progress(ref) for ref in refs}
+        # Slides are prepared a few at a time, so that chunks of the first slides don't wait behind all preparations.
+        waiting = list(refs)
+        futures = as_completed(with_results=False)
+
+        def submit(slide_id: str, work: Callable[..., Any], *arguments: Any, priority: int) -> None:
+            future = client.submit(work, *arguments, pure=False, priority=priority)
+            futures.add(future)
+            owner[future.key] = slide_id
+
+        def prepare_next() -> None:
+            if waiting:
+                ref = waiting.pop(0)
+                progress[ref.slide_id].started = time.perf_counter()
+                submit(ref.slide_id, prepare_slide, ref, plan, priority=0)
+
+        owner: dict[Any, str] = {}
+        for _ in range(workers + 1):
+            prepare_next()
+        for future in futures:
+            slide = progress[owner.pop(future.key)]
+            error = future.exception()
+            result = None if error is not None else future.result()
+            future.release()
+            if error is not None:
+                slide.error = slide.error or error
+            if isinstance(result, Prepared):
+                slide.prepared = result
+                for encoder, run in _chunk_runs(result, workers):
+                    slide.out += 1
+                    submit(slide.ref.slide_id, embed_pending, slide.ref, plan, encoder, run, priority=1)
+            elif slide.prepared is not None:
+                slide.out -= 1
+                if isinstance(result, EmbedReport):
+                    slide.report.add(result)
+                    on_tiles(slide.ref.slide_id, slide.report.tiles, slide.prepared.n_tiles)
+            if slide.out == 0:
+                prepare_next()
+                yield _close(slide, plan)
+
+
+def _close(slide: _Progress, plan: RunPlan) -> SlideOutcome:
+    seconds = time.perf_counter() - slide.started
+    try:
+        if slide.error is not None:
+            raise slide.error
+        assert slide.prepared is not None
+        return replace(finish_slide(slide.prepared, plan, slide.report), seconds=seconds)
+    except Exception as error:
+        return _failed(slide.ref, plan, error, seconds)
+
+
+def _chunk_runs(prepared: Prepared, workers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for encoder, chunks in prepared.pending.items():
+        length = max(1, -(-len(chunks) // (workers * _RUNS_A_WORKER)))
+        for first in range(0, len(chunks), length):
+            yield encoder, chunks[first : first + length]
+
+
+def _failed(ref: SlideRef, plan: RunPlan, error: Exception, seconds: float) -> SlideOutcome:
+    if isinstance(error, StoreWriteError):
+        check_writable(plan.out)  # a full disk fails every slide behind this one: say so once, now
+    reason = str(error)
+    if not isinstance(error, PathopipeError):
+        log = plan.out / "logs" / f"{ref.slide_id}.txt"
+        with durable_file(log) as file:
+            file.write("".join(traceback.format_exception(error)).encode())
+        reason = f"{ref.slide_id}: unexpected {type(error).__name__} ({error}); the traceback is in {log}"
+    return SlideOutcome(slide_id=ref.slide_id, status="failed", reason=" ".join(reason.split()), seconds=seconds)
+
+
+@contextlib.contextmanager
+def _local_client(workers: int) -> Iterator[Any]:
+    import dask
+    from distributed import Client, LocalCluster
+
+    # Dask's own memory limits would pause or kill a worker for pages that the file cache holds.
+    with (
+        dask.config.set({"distributed.worker.daemon": True, "distributed.comm.timeouts.connect": "60s"}),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+            silence_logs=logging.ERROR,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client

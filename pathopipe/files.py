@@ -1,0 +1,104 @@
+"""Files that are whole or absent: written under a temporary name, synced, then renamed."""
+
+import contextlib
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pathopipe.errors import PathopipeError, StoreWriteError
+
+__all__ = ["durable_file", "explain_write_failure", "remove_leftovers"]
+
+_SUFFIX = ".partial"
+_FORGOTTEN_AFTER_S = 24 * 3600
+
+
+@contextlib.contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path`` for writing so that it appears whole, on disk, or not at all.
+
+    The bytes go to a hidden temporary name in the same folder; on leaving without an exception the file and then its
+    folder are synced around the rename. Missing folders are made.
+
+    Raises:
+        StoreWriteError: The disk is full, or the folder can't be written. The temporary file is gone.
+    """
+    try:
+        _make_folder(path.parent)
+        # Host and process stand in the name, so that a later run knows whose leftover it is.
+        owner = f"{socket.gethostname()}-{os.getpid()}"
+        temporary = path.parent / f".{path.name[:100]}.{owner}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error, PathopipeError):
+            raise
+        raise explain_write_failure(path, error) from error
+
+
+def explain_write_failure(path: Path, error: OSError) -> StoreWriteError:
+    """The error for an output that can't be written, with the way out."""
+    reason = error.strerror or str(error)
+    return StoreWriteError(
+        f"{path}: can't be written ({reason}); what was finished before is kept: "
+        "free space or choose another --out, then run the same command again"
+    )
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete temporary files below ``folder`` that a killed process of this machine left; return how many."""
+    removed = 0
+    for temporary in folder.rglob(f".*{_SUFFIX}"):
+        if not _in_use(temporary):
+            temporary.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _in_use(temporary: Path) -> bool:
+    host, _, rest = temporary.name.removesuffix(_SUFFIX).rpartition(".")[2].rpartition("-")[0].rpartition("-")
+    try:
+        age_s = time.time() - temporary.stat().st_mtime
+    except FileNotFoundError:
+        return True
+    if host != socket.gethostname() or not rest.isdigit():
+        return age_s < _FORGOTTEN_AFTER_S
+    try:
+        os.kill(int(rest), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return int(rest) != os.getpid()
+
+
+def _make_folder(folder: Path) -> None:
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Windows can't open a folder, and some network file systems refuse to sync one; the rename still holds there.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,344 @@
+"""The stages of one slide, in order: tissue, tiles, embeddings, and the pictures beside them. No science in here."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import pathopipe
+from pathopipe.config import Config
+from pathopipe.embeddings.embed import EmbedReport, Encoder, build_encoder, embed_chunks
+from pathopipe.errors import StoreError, TooManyBadTilesError, UsageError
+from pathopipe.export.tissue import write_tissue_outline
+from pathopipe.records import STATUS_OK, SlideRef, TileGrid, Tissue
+from pathopipe.report.thumbnail import draw_thumbnail, write_png
+from pathopipe.slide.base import Slide
+from pathopipe.slide.open import open_slide
+from pathopipe.slide.overview import read_overview
+from pathopipe.slide.resolution import require_mpp
+from pathopipe.store import EmbeddingArray, SlideStore, digest, store_path
+from pathopipe.tiles.grid import GRID_VERSION, grid_name, plan_grid
+from pathopipe.tissue import TISSUE_VERSION, find_tissue
+
+__all__ = [
+    "Prepared",
+    "RunPlan",
+    "SlideOutcome",
+    "Stage",
+    "embed_pending",
+    "finish_slide",
+    "outline_path",
+    "prepare_slide",
+    "run_slide",
+    "thumbnail_path",
+]
+
+Stage = Literal["tissue", "tiles", "embed"]
+_ORDER: tuple[Stage, ...] = ("tissue", "tiles", "embed")
+_BATCH_SIZE = {"handcrafted": 32, "cpu": 32, "cuda": 256}
+_CHUNK_ROWS = {"handcrafted": 256, "cpu": 256, "cuda": 1024}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What is to be done with every slide; crosses process borders."""
+
+    out: Path
+    config: Config = field(default_factory=Config)
+    stages: tuple[Stage, ...] = _ORDER
+    """Which stages to compute; what they stand on must be in the store."""
+    fresh: Stage | None = None
+    """Stage to forget first, with all that depends on it."""
+    retry_bad: bool = False
+    """Compute chunks with quarantined tiles again."""
+    threads: int = 1
+    """Threads that a process may keep busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A slide after its small stages: what is left to embed."""
+
+    ref: SlideRef
+    n_tiles: int
+    pending: Mapping[str, tuple[int, ...]]
+    """Chunks to compute, by encoder."""
+    chunk_rows: int
+    did: tuple[str, ...]
+    """Stages that were computed now, not found in the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlideOutcome:
+    """How one slide ended."""
+
+    slide_id: str
+    status: Literal["done", "failed"]
+    reason: str = ""
+    tissue_mm2: float = 0.0
+    tiles: int = 0
+    bad_tiles: int = 0
+    mpp: str = ""
+    flags: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    did: tuple[str, ...] = ()
+    """What was computed now; the rest was in the store."""
+    seconds: float = 0.0
+    report: EmbedReport = field(default_factory=EmbedReport)
+
+
+def outline_path(out: Path, slide_id: str) -> Path:
+    """Where the tissue outline of a slide goes."""
+    return out / "geojson" / f"{slide_id}.tissue.geojson"
+
+
+def thumbnail_path(out: Path, slide_id: str) -> Path:
+    """Where the picture of a slide goes."""
+    return out / "thumbnails" / f"{slide_id}.png"
+
+
+def run_slide(
+    ref: SlideRef, plan: RunPlan, on_tiles: Callable[[str, int, int], None] = lambda slide_id, done, total: None
+) -> SlideOutcome:
+    """All stages of one slide, in this process.
+
+    Args:
+        ref: The slide.
+        plan: What to do.
+        on_tiles: Told the slide's id, tiles done and tiles in all as embedding goes on.
+
+    Raises:
+        PathopipeError: The slide can't be done; what was finished is kept.
+    """
+    started = time.perf_counter()
+    prepared = prepare_slide(ref, plan)
+    report = EmbedReport()
+    for encoder, chunks in prepared.pending.items():
+        done = 0
+
+        def count(n_tiles: int) -> None:
+            nonlocal done
+            done += n_tiles
+            on_tiles(ref.slide_id, done, prepared.n_tiles)
+
+        report.add(embed_pending(ref, plan, encoder, chunks, count))
+    return replace(finish_slide(prepared, plan, report), seconds=time.perf_counter() - started)
+
+
+def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
+    """Tissue and tiles of a slide, and the list of chunks that are still to be embedded."""
+    with _opened(ref, plan.config) as slide:
+        store = SlideStore(store_path(plan.out, ref.slide_id))
+        grid_id = grid_name(plan.config.tiles)
+        if plan.fresh is not None:
+            store.clear_stage(plan.fresh, grid=grid_id, encoders=plan.config.embed.encoder)
+        created_by = f"pathopipe {pathopipe.__version__}"
+        store = SlideStore.create_or_open(store.path, slide.info, created_by=created_by)
+        store.remove_leftovers()
+        did = []
+        tissue, grid = None, None
+        if "tissue" in plan.stages:
+            tissue, computed = _tissue_stage(slide, store, plan.config)
+            did += ["tissue"] * computed
+        if "tiles" in plan.stages:
+            grid, computed = _tiles_stage(slide, store, plan.config)
+            did += ["tiles"] * computed
+        if tissue is not None or grid is not None:
+            _write_pictures(slide, store, plan, tissue, grid, again=bool(did))
+        pending: dict[str, tuple[int, ...]] = {}
+        chunk_rows = 0
+        if "embed" in plan.stages:
+            grid = grid if grid is not None else _known_grid(store, plan.config)
+            for encoder in plan.config.embed.encoder:
+                rows = _embedding_array(slide, store, grid, encoder, plan)
+                todo = set(range(rows.n_chunks)) - set(rows.done_chunks())
+                if plan.retry_bad:
+                    todo |= set(rows.bad_chunks())
+                pending[encoder] = tuple(sorted(todo))
+                chunk_rows = rows.chunk_rows
+                if todo or not rows.attributes.get("complete"):
+                    did.append(encoder)
+        return Prepared(ref, len(grid) if grid is not None else 0, pending, chunk_rows, tuple(did))
+
+
+def embed_pending(
+    ref: SlideRef,
+    plan: RunPlan,
+    encoder_name: str,
+    chunks: tuple[int, ...],
+    on_tiles: Callable[[int], None] = lambda n_tiles: None,
+) -> EmbedReport:
+    """Embed some chunks of a prepared slide."""
+    if not chunks:
+        return EmbedReport()
+    store = SlideStore.open(store_path(plan.out, ref.slide_id))
+    grid = _known_grid(store, plan.config)
+    encoder = _encoder(encoder_name, plan, grid)
+    batch_size = plan.config.embed.batch_size or _by_device(_BATCH_SIZE, encoder)
+    with _opened(ref, plan.config) as slide:
+        return embed_chunks(
+            slide,
+            grid,
+            store.embeddings(grid.name, encoder_name),
+            encoder,
+            chunks,
+            batch_size=batch_size,
+            threads=plan.config.embed.read_threads or plan.threads,
+            on_tiles=on_tiles,
+        )
+
+
+def finish_slide(prepared: Prepared, plan: RunPlan, report: EmbedReport) -> SlideOutcome:
+    """Close the stages of a slide and say how it went.
+
+    Raises:
+        TooManyBadTilesError: More tiles were quarantined than ``embed.max_bad_share`` allows.
+    """
+    slide_id = prepared.ref.slide_id
+    store = SlideStore.open(store_path(plan.out, slide_id))
+    bad_tiles = 0
+    for encoder in prepared.pending:
+        rows = store.embeddings(grid_name(plan.config.tiles), encoder)
+        bad = int(np.count_nonzero(rows.read_status() != STATUS_OK))
+        bad_tiles = max(bad_tiles, bad)
+        if encoder in prepared.did:
+            rows.finish(bad_tiles=bad, seconds=report.seconds())
+    if bad_tiles > plan.config.embed.max_bad_share * prepared.n_tiles:
+        first = f"; the first: {report.faults[0]}" if report.faults else ""
+        raise TooManyBadTilesError(
+            f"{slide_id}: {bad_tiles} of {prepared.n_tiles} tiles are bad, more than embed.max_bad_share="
+            f"{plan.config.embed.max_bad_share:g}; the good ones are kept; mend the file and use --retry-bad{first}",
+            slide_id=slide_id,
+        )
+    slide = store.slide
+    tissue = store.read_tissue() if store.inputs("tissue") is not None else None
+    return SlideOutcome(
+        slide_id=slide_id,
+        status="done",
+        tissue_mm2=round(sum(tissue.areas_mm2), 3) if tissue is not None else 0.0,
+        tiles=prepared.n_tiles,
+        bad_tiles=bad_tiles,
+        mpp=" x ".join(f"{mpp:g}" for mpp in dict.fromkeys(slide["mpp"])),
+        flags=tissue.flags if tissue is not None else (),
+        problems=tuple(slide["problems"]),
+        did=prepared.did,
+        report=report,
+    )
+
+
+@contextlib.contextmanager
+def _opened(ref: SlideRef, config: Config) -> Iterator[Slide]:
+    mpp, source = (ref.mpp, "manifest") if ref.mpp is not None else (config.slide.mpp, "config")
+    slide = open_slide(ref.path, slide_id=ref.slide_id, mpp=mpp, mpp_source=source)
+    try:
+        require_mpp(slide.info)
+        yield slide
+    finally:
+        slide.close()
+
+
+def _tissue_inputs(slide: Slide, config: Config) -> dict[str, Any]:
+    settings = config.tissue.model_dump(mode="json", exclude={"mask"})
+    given = config.tissue.mask
+    if given is not None:
+        path = Path(given.format(slide_id=slide.info.slide_id))
+        if not path.is_file():
+            raise UsageError(f"tissue.mask={given}: there is no file {path}")
+        settings["mask"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {
+        "version": TISSUE_VERSION,
+        "slide": slide.info.fingerprint,
+        "mpp": slide.info.mpp,
+        "config": settings,
+    }
+
+
+def _tissue_stage(slide: Slide, store: SlideStore, config: Config) -> tuple[Tissue, bool]:
+    inputs = _tissue_inputs(slide, config)
+    if store.require_inputs("tissue", "tissue", inputs):
+        return store.read_tissue(), False
+    tissue = find_tissue(slide, config.tissue)
+    store.write_tissue(tissue, inputs)
+    return tissue, True
+
+
+def _tiles_stage(slide: Slide, store: SlideStore, config: Config) -> tuple[TileGrid, bool]:
+    inputs = {
+        "version": GRID_VERSION,
+        "tissue": digest(_inputs_below(store, "tissue", "tissue")),
+        "config": config.tiles.model_dump(mode="json"),
+    }
+    name = grid_name(config.tiles)
+    if store.require_inputs(f"tiles/{name}", "tiles", inputs):
+        return store.read_grid(name), False
+    grid = plan_grid(slide.info, require_mpp(slide.info), store.read_tissue(), config.tiles)
+    store.write_grid(grid, inputs)
+    return grid, True
+
+
+def _embedding_array(slide: Slide, store: SlideStore, grid: TileGrid, name: str, plan: RunPlan) -> EmbeddingArray:
+    encoder = _encoder(name, plan, grid)
+    inputs = {"tiles": digest(_inputs_below(store, f"tiles/{grid.name}", "tiles")), "encoder": encoder.identity}
+    if store.require_inputs(f"embeddings/{grid.name}/{name}", "embed", inputs):
+        return store.embeddings(grid.name, name)
+    from pathopipe.embeddings.catalog import find_encoder
+
+    return store.create_embeddings(
+        grid.name,
+        name,
+        rows=len(grid),
+        features=encoder.features,
+        dtype=find_encoder(name).dtype,
+        chunk_rows=plan.config.embed.chunk_rows or _by_device(_CHUNK_ROWS, encoder),
+        about={"inputs": inputs, **encoder.about},
+    )
+
+
+def _inputs_below(store: SlideStore, group: str, stage: str) -> dict[str, Any]:
+    inputs = store.inputs(group)
+    if inputs is None:
+        slide_id = store.path.stem
+        raise StoreError(
+            f"{slide_id}: {group} is not there yet; run 'pathopipe {stage} SLIDE --out DIR' first", slide_id=slide_id
+        )
+    return inputs
+
+
+def _known_grid(store: SlideStore, config: Config) -> TileGrid:
+    name = grid_name(config.tiles)
+    _inputs_below(store, f"tiles/{name}", "tiles")
+    return store.read_grid(name)
+
+
+# Building a network takes seconds, so a process keeps the last ones; there are no more than a run names.
+_encoders: dict[tuple[object, ...], Encoder] = {}
+
+
+def _encoder(name: str, plan: RunPlan, grid: TileGrid) -> Encoder:
+    key = (name, plan.config.embed, plan.threads, grid.achieved_mpp if name == "handcrafted" else None)
+    if key not in _encoders:
+        _encoders[key] = build_encoder(name, plan.config.embed, mpp=grid.achieved_mpp, threads=plan.threads)
+    return _encoders[key]
+
+
+def _by_device(sizes: Mapping[str, int], encoder: Encoder) -> int:
+    name = encoder.identity["name"]
+    return sizes[name] if name in sizes else sizes[encoder.about["device"]]
+
+
+def _write_pictures(
+    slide: Slide, store: SlideStore, plan: RunPlan, tissue: Tissue | None, grid: TileGrid | None, *, again: bool
+) -> None:
+    tissue = tissue if tissue is not None else store.read_tissue()
+    slide_id = slide.info.slide_id
+    outline, thumbnail = outline_path(plan.out, slide_id), thumbnail_path(plan.out, slide_id)
+    if again or not outline.exists():
+        write_tissue_outline(outline, slide_id, tissue, slide.info.bounds_l0)
+    if again or not thumbnail.exists():
+        overview = read_overview(slide, plan.config.tissue.mpp)
+        write_png(thumbnail, draw_thumbnail(overview, slide.info.dims_l0, tissue, grid))

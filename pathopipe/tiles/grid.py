@@ -1,0 +1,168 @@
+"""The arithmetic of the grid: tiles of a physical size on a slide, their order, and their share of tissue.
+
+The grid starts at level-0 (0, 0); tile (column i, row j) starts at ``floor(i * stride_x), floor(j * stride_y)`` and
+owns the pixels up to the next start, so that each pixel has one owner whatever the resolution.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathopipe.config import TilesConfig
+from pathopipe.errors import SlideError, UsageError
+from pathopipe.records import Level, SlideInfo, TileGrid, Tissue
+
+__all__ = ["BLOCK_TILES", "GRID_VERSION", "grid_name", "plan_grid", "tile_starts"]
+
+GRID_VERSION = 1
+"""Raised whenever the same settings would give other tiles."""
+
+BLOCK_TILES = 16
+"""Tiles are ordered in blocks of 16 x 16, so that a chunk covers one compact piece of the slide."""
+
+EXACT_TOLERANCE = 0.02
+"""A native mpp times a power of two this near to the wanted one is taken as it is: 0.2485 serves 0.5."""
+
+
+def grid_name(config: TilesConfig) -> str:
+    """Name of the grid in a store: ``256px-0.5um``, with ``-o64`` behind it where tiles overlap by 64 px."""
+    overlap = f"-o{config.overlap_px}" if config.overlap_px else ""
+    return f"{config.side_px}px-{config.mpp:g}um{overlap}"
+
+
+def tile_starts(length_l0: int, stride_l0: float) -> NDArray[np.int64]:
+    """Starts of the tiles along one axis of ``length_l0`` pixels: all ``floor(k * stride)`` below it."""
+    n_at_most = math.ceil(length_l0 / stride_l0) + 1
+    starts: NDArray[np.int64] = np.floor(np.arange(n_at_most) * stride_l0).astype(np.int64)
+    inside: NDArray[np.int64] = starts[starts < length_l0]
+    return inside
+
+
+def plan_grid(info: SlideInfo, mpp_l0: tuple[float, float], tissue: Tissue, config: TilesConfig) -> TileGrid:
+    """Lay the grid over a slide and keep the tiles with enough tissue.
+
+    Raises:
+        UsageError: The overlap is not smaller than the tile.
+        SlideError: The slide is coarser than the tiles asked for, or smaller than one tile with ``edge=drop``.
+    """
+    if config.overlap_px >= config.side_px:
+        raise UsageError(f"tiles.overlap_px={config.overlap_px} must be less than tiles.side_px={config.side_px}")
+    axes = [_fit_axis(mpp, config) for mpp in mpp_l0]
+    if min(axis.factor for axis in axes) < 1 and not config.allow_enlarge:
+        native = " x ".join(f"{mpp:g}" for mpp in dict.fromkeys(mpp_l0))
+        raise SlideError(
+            f"{info.slide_id}: scanned at {native} um/px, coarser than tiles.mpp={config.mpp:g}; "
+            f"use --set tiles.mpp={max(mpp_l0):g} or coarser, "
+            "or allow blurred tiles with --set tiles.allow_enlarge=true",
+            slide_id=info.slide_id,
+        )
+    side_l0 = (axes[0].side_l0, axes[1].side_l0)
+    level, read_px = _choose_level(info.levels, side_l0, config.side_px)
+    starts = [tile_starts(length, axis.stride_l0) for length, axis in zip(info.dims_l0, axes, strict=True)]
+    if config.edge == "drop":
+        starts = [s[s + side <= length] for s, side, length in zip(starts, side_l0, info.dims_l0, strict=True)]
+        if not all(map(len, starts)):
+            raise SlideError(
+                f"{info.slide_id}: {info.dims_l0[0]} x {info.dims_l0[1]} px is smaller than one tile of "
+                f"{side_l0[0]} x {side_l0[1]} level-0 px; use --set tiles.edge=pad, or smaller tiles",
+                slide_id=info.slide_id,
+            )
+    xy_l0, fraction = _kept_tiles(starts[0], starts[1], side_l0, info.dims_l0, tissue.mask, config.min_tissue)
+    return TileGrid(
+        name=grid_name(config),
+        side_px=config.side_px,
+        mpp=config.mpp,
+        achieved_mpp=(axes[0].achieved_mpp, axes[1].achieved_mpp),
+        overlap_px=config.overlap_px,
+        side_l0=side_l0,
+        stride_l0=(axes[0].stride_l0, axes[1].stride_l0),
+        level=level,
+        read_px=read_px,
+        resample=_resampling(read_px, config.side_px),
+        xy_l0=xy_l0,
+        tissue_fraction=fraction,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    factor: float
+    """Level-0 pixels a tile pixel."""
+    side_l0: int
+    stride_l0: float
+    achieved_mpp: float
+
+
+def _fit_axis(mpp_l0: float, config: TilesConfig) -> _Axis:
+    factor = config.mpp / mpp_l0
+    power = round(math.log2(factor))
+    # Not below 1: a slide coarser than asked is enlarged, never taken as exact.
+    if power >= 0 and abs(2**power / factor - 1) <= EXACT_TOLERANCE:
+        factor = float(2**power)
+    side_l0 = max(1, round(config.side_px * factor))
+    return _Axis(
+        factor=factor,
+        side_l0=side_l0,
+        stride_l0=factor * (config.side_px - config.overlap_px),
+        achieved_mpp=side_l0 * mpp_l0 / config.side_px,
+    )
+
+
+def _choose_level(levels: tuple[Level, ...], side_l0: tuple[int, int], side_px: int) -> tuple[int, tuple[int, int]]:
+    """The coarsest level that still has at least ``side_px`` pixels a tile, and how many it has."""
+    best = (0, side_l0)
+    for index, level in enumerate(levels):
+        read_px = (round(side_l0[0] / level.downsample_x), round(side_l0[1] / level.downsample_y))
+        if min(read_px) >= side_px and read_px < best[1]:
+            best = (index, read_px)
+    return best
+
+
+def _resampling(read_px: tuple[int, int], side_px: int) -> str:
+    if read_px == (side_px, side_px):
+        return "none"
+    return "enlarge" if min(read_px) < side_px else "area"
+
+
+def _kept_tiles(
+    x_starts: NDArray[np.int64],
+    y_starts: NDArray[np.int64],
+    side_l0: tuple[int, int],
+    dims_l0: tuple[int, int],
+    mask: NDArray[np.uint8],
+    min_tissue: float,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(N, 2) starts and (N,) tissue share of the tiles that are kept, in storage order."""
+    # Summed from the top left, tissue in any rectangle is four look-ups; between mask pixels the sum is linear, so the
+    # share is exact for tiles that cut through mask pixels.
+    summed = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
+    np.cumsum(mask != 0, axis=0, out=summed[1:, 1:])
+    np.cumsum(summed[1:, 1:], axis=1, out=summed[1:, 1:])
+    scale_x, scale_y = mask.shape[1] / dims_l0[0], mask.shape[0] / dims_l0[1]
+    left, right = (_columns(summed, (x_starts + side) * scale_x) for side in (0, side_l0[0]))
+    band = right - left  # (mask rows + 1, tile columns)
+    tile_area = side_l0[0] * scale_x * side_l0[1] * scale_y
+
+    kept_xy, kept_fraction = [], []
+    # One row of blocks at a time: memory does not grow with the number of tiles in the grid.
+    for first in range(0, len(y_starts), BLOCK_TILES):
+        y = y_starts[first : first + BLOCK_TILES]
+        top, bottom = (_columns(band.T, (y + side) * scale_y).T for side in (0, side_l0[1]))
+        fraction = np.clip((bottom - top) / tile_area, 0, 1).astype(np.float32)  # (tile rows, tile columns)
+        row, column = np.nonzero(fraction >= min_tissue)
+        order = np.lexsort((column, row, column // BLOCK_TILES))
+        row, column = row[order], column[order]
+        kept_xy.append(np.stack([x_starts[column], y[row]], axis=1))
+        kept_fraction.append(fraction[row, column])
+    return np.concatenate(kept_xy), np.concatenate(kept_fraction)
+
+
+def _columns(summed: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Columns of ``summed`` at fractional positions, linear between neighbours and constant beyond the end."""
+    at = np.clip(at, 0, summed.shape[1] - 1)
+    low = np.minimum(at.astype(np.int64), summed.shape[1] - 2)
+    share = at - low
+    picked: NDArray[np.float64] = summed[:, low] * (1 - share) + summed[:, low + 1] * share
+    return picked

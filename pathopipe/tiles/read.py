@@ -1,0 +1,152 @@
+"""Streams tiles as uint8 batches: threads read ahead while the consumer computes, in bounded memory."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pathopipe.errors import TileReadError
+from pathopipe.geometry import Region
+from pathopipe.records import TileGrid
+from pathopipe.slide.base import Slide
+
+__all__ = ["TileBatch", "read_tile", "stream_batches"]
+
+# Neighbouring tiles share the file's own compressed blocks, so a thread takes a few in a row.
+_TILES_A_TASK = 4
+
+_FILTERS = {"area": cv2.INTER_AREA, "enlarge": cv2.INTER_CUBIC}
+
+
+@dataclass(frozen=True, slots=True)
+class TileBatch:
+    """Consecutive tiles of one chunk."""
+
+    chunk: int
+    rows: slice
+    """Which rows of the grid these are."""
+    images: NDArray[np.uint8]
+    """(n, side_px, side_px, 3) RGB, black where a tile can't be read. A buffer that is used again: valid until the next
+    batch is asked for."""
+    readable: NDArray[np.bool_]
+    """(n,) False where a tile can't be read."""
+    faults: tuple[str, ...]
+    """Why, for each unreadable tile."""
+    reading_s: float
+    """Seconds that threads spent on reading this batch, added up."""
+
+
+def read_tile(slide: Slide, grid: TileGrid, row: int) -> NDArray[np.uint8]:
+    """One tile as (side_px, side_px, 3) uint8 RGB.
+
+    Raises:
+        TileReadError: The slide can't be read there.
+    """
+    x_l0, y_l0 = grid.xy_l0[row].tolist()
+    pixels = slide.read(Region(x_l0, y_l0, grid.level, *grid.read_px))
+    if grid.resample == "none":
+        return pixels
+    resized = cv2.resize(pixels, (grid.side_px, grid.side_px), interpolation=_FILTERS[grid.resample])
+    return np.asarray(resized, np.uint8)
+
+
+def stream_batches(
+    slide: Slide,
+    grid: TileGrid,
+    chunks: Iterable[tuple[int, slice]],
+    *,
+    batch_size: int,
+    threads: int,
+    look_ahead: int = 3,
+    allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] = lambda shape: np.empty(shape, np.uint8),
+) -> Generator[TileBatch, None, None]:
+    """Read the tiles of some chunks, in order, ``look_ahead`` batches ahead of the consumer.
+
+    A batch never crosses a chunk. A tile that can't be read is marked and does not stop the others. Memory is
+    ``look_ahead + 1`` batches, however large the slide.
+
+    Args:
+        slide: Read from several threads at once.
+        grid: Its tiles.
+        chunks: Index and rows of each chunk.
+        batch_size: Most tiles a batch.
+        threads: How many read.
+        look_ahead: Batches read before they are asked for.
+        allocate: Makes the buffers; a GPU wants pinned memory.
+    """
+    free = deque(allocate((batch_size, grid.side_px, grid.side_px, 3)) for _ in range(look_ahead + 1))
+    todo = (
+        (chunk, slice(first, min(first + batch_size, rows.stop)))
+        for chunk, rows in chunks
+        for first in range(rows.start, rows.stop, batch_size)
+    )
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    try:
+        waiting: deque[_Pending] = deque()
+        while True:
+            while free:
+                following = next(todo, None)
+                if following is None:
+                    break
+                waiting.append(_Pending(slide, grid, *following, free.popleft(), pool))
+            if not waiting:
+                return
+            pending = waiting.popleft()
+            yield pending.batch()
+            free.append(pending.buffer)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Pending:
+    """A batch that threads are filling."""
+
+    def __init__(
+        self,
+        slide: Slide,
+        grid: TileGrid,
+        chunk: int,
+        rows: slice,
+        buffer: NDArray[np.uint8],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.buffer = buffer
+        self._chunk = chunk
+        self._rows = rows
+        self._images = buffer[: rows.stop - rows.start]
+        self._tasks: list[Future[tuple[list[tuple[int, str]], float]]] = [
+            pool.submit(self._fill, slide, grid, slice(first, min(first + _TILES_A_TASK, rows.stop)))
+            for first in range(rows.start, rows.stop, _TILES_A_TASK)
+        ]
+
+    def _fill(self, slide: Slide, grid: TileGrid, rows: slice) -> tuple[list[tuple[int, str]], float]:
+        started = time.perf_counter()
+        faults = []
+        for row in range(rows.start, rows.stop):
+            at = row - self._rows.start
+            try:
+                self._images[at] = read_tile(slide, grid, row)
+            except TileReadError as error:
+                self._images[at] = 0
+                faults.append((at, str(error)))
+        return faults, time.perf_counter() - started
+
+    def batch(self) -> TileBatch:
+        """Wait for the threads."""
+        done = [task.result() for task in self._tasks]
+        readable = np.ones(len(self._images), np.bool_)
+        faults = [fault for found, _ in done for fault in found]
+        readable[[at for at, _ in faults]] = False
+        return TileBatch(
+            chunk=self._chunk,
+            rows=self._rows,
+            images=self._images,
+            readable=readable,
+            faults=tuple(reason for _, reason in faults),
+            reading_s=sum(seconds for _, seconds in done),
+        )

@@ -1,0 +1,146 @@
+"""The embedding stage: chunks whole, bad tiles quarantined, times accounted for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pathopipe.config import EmbedConfig, TilesConfig
+from pathopipe.embeddings.catalog import find_encoder
+from pathopipe.embeddings.embed import build_encoder, embed_chunks, judge_rows
+from pathopipe.errors import TileReadError, UsageError
+from pathopipe.geometry import Region
+from pathopipe.records import TileGrid, Tissue
+from pathopipe.slide.array import ArraySlide
+from pathopipe.store import EmbeddingArray, SlideStore
+from pathopipe.tiles.grid import plan_grid
+
+PIXELS = np.random.default_rng(1).integers(0, 200, (256, 256, 3)).astype(np.uint8)
+
+
+class Faulty(ArraySlide):
+    """A slide whose tile at (32, 0) is corrupt."""
+
+    def read(self, region: Region) -> NDArray[np.uint8]:
+        if (region.x_l0, region.y_l0) == (32, 0):
+            raise TileReadError("s: x 32, y 0: block 1 is corrupt")
+        return super().read(region)
+
+
+class Means:
+    """An encoder whose numbers can be checked: mean red, then what a test plants."""
+
+    features = 2
+    identity: dict[str, Any] = {"name": "means"}  # noqa: RUF012
+    about: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, planted: dict[int, float] | None = None) -> None:
+        self.planted = planted or {}
+        self.seen = 0
+        self.batches: list[int] = []
+
+    def allocate(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        return np.empty(shape, np.uint8)
+
+    def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.batches.append(len(images))
+        rows = np.arange(self.seen, self.seen + len(images))
+        self.seen += len(images)
+        planted = [self.planted.get(int(row), 0.0) for row in rows]
+        return np.stack([images[..., 0].mean(axis=(1, 2)), planted], axis=1).astype(np.float32)
+
+
+def make(tmp_path: Path, chunk_rows: int = 10, dtype: str = "float16") -> tuple[TileGrid, EmbeddingArray]:
+    slide = ArraySlide(PIXELS, mpp=0.5, slide_id="s")
+    config = TilesConfig(side_px=32, min_tissue=0)
+    grid = plan_grid(slide.info, (0.5, 0.5), Tissue(np.ones((4, 4), np.uint8), (8, 8), (), ()), config)
+    store = SlideStore.create_or_open(tmp_path / "s.zarr", slide.info, created_by="test")
+    about = {"inputs": {}}
+    rows = store.create_embeddings(
+        grid.name, "means", rows=len(grid), features=2, dtype=dtype, chunk_rows=chunk_rows, about=about
+    )
+    return grid, rows
+
+
+def run(tmp_path: Path, encoder: Means, slide_type: type[ArraySlide] = ArraySlide, **settings: int) -> EmbeddingArray:
+    grid, rows = make(tmp_path)
+    slide = slide_type(PIXELS, mpp=0.5, slide_id="s")
+    embed_chunks(slide, grid, rows, encoder, range(rows.n_chunks), **{"batch_size": 4, "threads": 2, **settings})
+    return rows
+
+
+def test_rows_follow_the_grid(tmp_path: Path) -> None:
+    rows = run(tmp_path, Means())
+    truth = PIXELS[..., 0].reshape(8, 32, 8, 32).mean(axis=(1, 3)).ravel()
+    assert np.allclose(rows.read_values()[:, 0], truth, rtol=1e-3)
+    assert (rows.read_status() == 1).all()
+
+
+def test_batches_never_cross_chunks(tmp_path: Path) -> None:
+    encoder = Means()
+    run(tmp_path, encoder)
+    assert encoder.batches == [4, 4, 2] * 6 + [4]
+
+
+def test_bad_tiles_are_quarantined_by_kind(tmp_path: Path) -> None:
+    rows = run(tmp_path, Means({5: np.nan, 6: np.inf, 7: 1e6}), Faulty)
+    status = rows.read_status()
+    assert {int(row): int(status[row]) for row in np.flatnonzero(status != 1)} == {1: 2, 5: 3, 6: 3, 7: 4}
+    assert np.isnan(rows.read_values()).all(axis=1).tolist() == (status != 1).tolist()
+    assert rows.bad_chunks() == [0]
+
+
+def test_a_bad_tile_leaves_its_neighbours_in_their_batch(tmp_path: Path) -> None:
+    encoder = Means()
+    run(tmp_path, encoder, Faulty)
+    assert encoder.batches == [4, 4, 2] * 6 + [4]
+
+
+def test_reports_tiles_and_faults(tmp_path: Path) -> None:
+    grid, rows = make(tmp_path)
+    told: list[int] = []
+    slide = Faulty(PIXELS, mpp=0.5, slide_id="s")
+    report = embed_chunks(slide, grid, rows, Means(), [0, 3], batch_size=4, threads=1, on_tiles=told.append)
+    assert (report.tiles, sum(told)) == (20, 20)
+    assert report.faults == ("s: x 32, y 0: block 1 is corrupt",)
+    assert report.read_s > 0
+    assert rows.done_chunks() == [0, 3]
+
+
+def test_what_was_finished_before_a_crash_stays(tmp_path: Path) -> None:
+    class Crashing(Means):
+        def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            if self.seen >= 24:
+                raise RuntimeError("the model broke")
+            return super().encode(images)
+
+    grid, rows = make(tmp_path)
+    slide = ArraySlide(PIXELS, mpp=0.5, slide_id="s")
+    with pytest.raises(RuntimeError, match="the model broke"):
+        embed_chunks(slide, grid, rows, Crashing(), range(rows.n_chunks), batch_size=4, threads=2)
+    assert rows.done_chunks() == [0, 1]
+
+
+def test_judging_rows_knows_the_limits_of_the_store() -> None:
+    computed = np.array([[0, 65504], [0, 65505], [0, -1e9], [np.nan, 1e9], [1, 1]], np.float32)
+    readable = np.array([True, True, True, True, False])
+    assert judge_rows(computed, readable, np.dtype(np.float16)).tolist() == [1, 4, 4, 3, 2]
+    assert judge_rows(computed, readable, np.dtype(np.float32)).tolist() == [1, 1, 1, 3, 2]
+
+
+def test_unknown_encoders_name_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown encoder 'handcraft'; did you mean 'handcrafted'"):
+        find_encoder("handcraft")
+    with pytest.raises(UsageError, match="unknown encoder 'timm.'"):
+        find_encoder("timm.")
+
+
+def test_the_handcrafted_encoder_fits_the_protocol() -> None:
+    encoder = build_encoder("handcrafted", EmbedConfig(), mpp=(0.5, 0.5), threads=1)
+    images = encoder.allocate((2, 64, 64, 3))
+    images[:] = PIXELS[:64, :64]
+    values = encoder.encode(images)
+    assert values.shape == (2, encoder.features)
+    assert np.array_equal(values[0], values[1])
