@@ -93,7 +93,7 @@ class _Progress:
     out: int = 0
     tiles: int = 0
     report: EmbedReport = field(default_factory=EmbedReport)
-    error: BaseException | None = None
+    error: Exception | None = None
 
 
 def _run_on_workers(
@@ -101,7 +101,6 @@ def _run_on_workers(
 ) -> Iterator[SlideOutcome]:
     from distributed import as_completed
 
-    plan = replace(plan, threads=max(1, usable_cores() // workers))
     with _local_client(workers) as client:
         progress = {ref.slide_id: _Progress(ref) for ref in refs}
         # Slides are prepared a few at a time, so that chunks of the first slides don't wait behind all preparations.
@@ -109,7 +108,7 @@ def _run_on_workers(
         futures = as_completed(with_results=False)
 
         def submit(slide_id: str, work: Callable[..., Any], *arguments: Any, priority: int) -> None:
-            future = client.submit(work, *arguments, pure=False, priority=priority)
+            future = client.submit(_attempt, work, *arguments, pure=False, priority=priority)
             futures.add(future)
             owner[future.key] = slide_id
 
@@ -124,11 +123,11 @@ def _run_on_workers(
             prepare_next()
         for future in futures:
             slide = progress[owner.pop(future.key)]
-            error = future.exception()
-            result = None if error is not None else future.result()
+            lost = future.exception()  # the worker died again and again
+            result = lost if lost is not None else future.result()
             future.release()
-            if error is not None:
-                slide.error = slide.error or error
+            if isinstance(result, Exception):
+                slide.error = slide.error or result
             if isinstance(result, Prepared):
                 slide.prepared = result
                 for encoder, run in _chunk_runs(result, workers):
@@ -142,6 +141,14 @@ def _run_on_workers(
             if slide.out == 0:
                 prepare_next()
                 yield _close(slide, plan)
+
+
+def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of some work, or the exception that ended it: one that is raised would fill the worker's log."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return error
 
 
 def _close(slide: _Progress, plan: RunPlan) -> SlideOutcome:

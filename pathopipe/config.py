@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pathopipe.errors import UsageError
 from pathopipe.registry import nearest
@@ -52,6 +52,12 @@ class TilesConfig(_Section):
     """Tiles that reach beyond the slide: ``pad`` fills them up with white, ``drop`` leaves them out."""
     allow_enlarge: bool = False
     """Allow tiles finer than the slide was scanned; refused otherwise."""
+
+    @model_validator(mode="after")
+    def _overlap_is_less_than_a_tile(self) -> Self:
+        if self.overlap_px >= self.side_px:
+            raise ValueError(f"overlap_px={self.overlap_px} must be less than side_px={self.side_px}")
+        return self
 
 
 class EmbedConfig(_Section):
@@ -141,6 +147,8 @@ def _explain(error: Mapping[str, Any]) -> str:
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         return f"unknown config key '{dotted}'; {nearest(location[-1], _known_keys(location[:-1]))}"
+    if error["type"] == "value_error":
+        return f"{dotted}: {error['ctx']['error']}"
     return f"{dotted}: {error['msg'].lower()}, got {error['input']!r}"
 
 

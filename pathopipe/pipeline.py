@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,12 @@ import numpy as np
 
 import pathopipe
 from pathopipe.config import Config
+from pathopipe.embeddings.catalog import find_encoder
 from pathopipe.embeddings.embed import EmbedReport, Encoder, build_encoder, embed_chunks
 from pathopipe.errors import StoreError, TooManyBadTilesError, UsageError
 from pathopipe.export.tissue import write_tissue_outline
 from pathopipe.records import STATUS_OK, SlideRef, TileGrid, Tissue
-from pathopipe.report.thumbnail import draw_thumbnail, write_png
+from pathopipe.report.thumbnail import LONGEST_SIDE_PX, draw_thumbnail, write_png
 from pathopipe.slide.base import Slide
 from pathopipe.slide.open import open_slide
 from pathopipe.slide.overview import read_overview
@@ -30,6 +31,7 @@ __all__ = [
     "RunPlan",
     "SlideOutcome",
     "Stage",
+    "check_plan",
     "embed_pending",
     "finish_slide",
     "outline_path",
@@ -100,6 +102,19 @@ def outline_path(out: Path, slide_id: str) -> Path:
 def thumbnail_path(out: Path, slide_id: str) -> Path:
     """Where the picture of a slide goes."""
     return out / "thumbnails" / f"{slide_id}.png"
+
+
+def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> None:
+    """Find what is wrong with a plan before any slide is touched; builds its encoders.
+
+    Raises:
+        UsageError: No such encoder, architecture or device, or a slide's given mask is missing.
+        EncoderError: The weights don't fit.
+    """
+    for ref in refs:
+        _given_mask(ref.slide_id, plan.config)
+    for name in plan.config.embed.encoder:
+        _encoder(name, plan, (plan.config.tiles.mpp, plan.config.tiles.mpp))
 
 
 def run_slide(
@@ -178,7 +193,7 @@ def embed_pending(
         return EmbedReport()
     store = SlideStore.open(store_path(plan.out, ref.slide_id))
     grid = _known_grid(store, plan.config)
-    encoder = _encoder(encoder_name, plan, grid)
+    encoder = _encoder(encoder_name, plan, grid.achieved_mpp)
     batch_size = plan.config.embed.batch_size or _by_device(_BATCH_SIZE, encoder)
     with _opened(ref, plan.config) as slide:
         return embed_chunks(
@@ -242,14 +257,20 @@ def _opened(ref: SlideRef, config: Config) -> Iterator[Slide]:
         slide.close()
 
 
+def _given_mask(slide_id: str, config: Config) -> Path | None:
+    if config.tissue.mask is None:
+        return None
+    path = Path(config.tissue.mask.replace("{slide_id}", slide_id))
+    if not path.is_file():
+        raise UsageError(f"{slide_id}: tissue.mask={config.tissue.mask}, but there is no file {path}")
+    return path
+
+
 def _tissue_inputs(slide: Slide, config: Config) -> dict[str, Any]:
     settings = config.tissue.model_dump(mode="json", exclude={"mask"})
-    given = config.tissue.mask
-    if given is not None:
-        path = Path(given.format(slide_id=slide.info.slide_id))
-        if not path.is_file():
-            raise UsageError(f"tissue.mask={given}: there is no file {path}")
-        settings["mask"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    mask = _given_mask(slide.info.slide_id, config)
+    if mask is not None:
+        settings["mask"] = hashlib.sha256(mask.read_bytes()).hexdigest()
     return {
         "version": TISSUE_VERSION,
         "slide": slide.info.fingerprint,
@@ -282,12 +303,10 @@ def _tiles_stage(slide: Slide, store: SlideStore, config: Config) -> tuple[TileG
 
 
 def _embedding_array(slide: Slide, store: SlideStore, grid: TileGrid, name: str, plan: RunPlan) -> EmbeddingArray:
-    encoder = _encoder(name, plan, grid)
+    encoder = _encoder(name, plan, grid.achieved_mpp)
     inputs = {"tiles": digest(_inputs_below(store, f"tiles/{grid.name}", "tiles")), "encoder": encoder.identity}
     if store.require_inputs(f"embeddings/{grid.name}/{name}", "embed", inputs):
         return store.embeddings(grid.name, name)
-    from pathopipe.embeddings.catalog import find_encoder
-
     return store.create_embeddings(
         grid.name,
         name,
@@ -319,10 +338,11 @@ def _known_grid(store: SlideStore, config: Config) -> TileGrid:
 _encoders: dict[tuple[object, ...], Encoder] = {}
 
 
-def _encoder(name: str, plan: RunPlan, grid: TileGrid) -> Encoder:
-    key = (name, plan.config.embed, plan.threads, grid.achieved_mpp if name == "handcrafted" else None)
+def _encoder(name: str, plan: RunPlan, tile_mpp: tuple[float, float]) -> Encoder:
+    # Only handcrafted numbers depend on the exact size of a tile's pixels.
+    key = (name, plan.config.embed, plan.threads, tile_mpp if find_encoder(name).loader == "handcrafted" else None)
     if key not in _encoders:
-        _encoders[key] = build_encoder(name, plan.config.embed, mpp=grid.achieved_mpp, threads=plan.threads)
+        _encoders[key] = build_encoder(name, plan.config.embed, mpp=tile_mpp, threads=plan.threads)
     return _encoders[key]
 
 
@@ -340,5 +360,7 @@ def _write_pictures(
     if again or not outline.exists():
         write_tissue_outline(outline, slide_id, tissue, slide.info.bounds_l0)
     if again or not thumbnail.exists():
-        overview = read_overview(slide, plan.config.tissue.mpp)
+        mpp = require_mpp(slide.info)
+        longest_um = max(side * um for side, um in zip(slide.info.dims_l0, mpp, strict=True))
+        overview = read_overview(slide, max(*mpp, longest_um / LONGEST_SIDE_PX))
         write_png(thumbnail, draw_thumbnail(overview, slide.info.dims_l0, tissue, grid))

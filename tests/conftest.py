@@ -1,20 +1,32 @@
 """What many tests share: a drawn slide on disk, the command line as a subprocess, the real slides where they are."""
 
-import os
-import subprocess
+import contextlib
+import io
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
 
+from pathopipe.cli.app import main
 from pathopipe.synth import SynthSpec, write_slide
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
-Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+class CliResult(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., CliResult]
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -41,18 +53,25 @@ def drawn_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def cli() -> Cli:
-    """Run ``pathopipe`` with arguments in a process of its own."""
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
+    """Run ``pathopipe`` with arguments in this process; start-up is most of a short command."""
+    monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pathopipe", *map(str, arguments)]
-        environment = {**os.environ, "COLUMNS": "200"}
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=240
-        )
+    def run(*arguments: object) -> CliResult:
+        monkeypatch.setattr(sys, "argv", ["pathopipe", *map(str, arguments)])
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return CliResult(code, out.getvalue(), err.getvalue())
 
-    return run
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("embed.device=tpu", "got 'tpu'"),
         ("mpp=1", "write it as section.key=value"),
         ("tiles.mpp", "write it as section.key=value"),
+        ("tiles.overlap_px=256", "tiles: overlap_px=256 must be less than side_px=256"),
         ("slide.mpp=0", "greater than or equal to 0.05"),
     ],
 )

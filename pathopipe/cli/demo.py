@@ -21,7 +21,7 @@ def demo(
       pathopipe demo --out demo
     """
     from pathopipe.cli.run import run_and_tell
-    from pathopipe.cluster import check_writable
+    from pathopipe.cluster import check_writable, usable_cores
     from pathopipe.pipeline import RunPlan, outline_path, thumbnail_path
     from pathopipe.records import SlideRef
     from pathopipe.store import store_path
@@ -33,7 +33,7 @@ def demo(
         print(f"drawing a slide of {_WIDTH_PX} x {_HEIGHT_PX} px ...", file=sys.stderr)
         spec = SynthSpec(width_px=_WIDTH_PX, height_px=_HEIGHT_PX, mpp=_MPP, seed=_SEED)
         write_slide(slide, spec, truth=out / "drawn-truth.geojson")
-    outcomes = run_and_tell([SlideRef("drawn", slide)], RunPlan(out=out), workers=1)
+    outcomes = run_and_tell([SlideRef("drawn", slide)], RunPlan(out=out, threads=usable_cores()), workers=1)
     if outcomes[0].status == "failed":
         raise typer.Exit(1)
     print("look at")

@@ -26,9 +26,8 @@ def info(slide: SlideFile, as_json: Json = False) -> None:
         print(json.dumps({**asdict(found), "path": str(found.path)}, indent=2))
         return
     width, height = found.dims_l0
-    print(
-        f"{found.slide_id}: {width} x {height} px, {found.size_bytes / 1e6:.1f} MB, {found.vendor}, read by {found.reader}"
-    )
+    size = f"{width} x {height} px, {found.size_bytes / 1e6:.1f} MB"
+    print(f"{found.slide_id}: {size}, {found.vendor}, read by {found.reader}")
     if found.mpp is not None:
         um = " x ".join(f"{mpp:g}" for mpp in dict.fromkeys(found.mpp))
         print(f"resolution: {um} um/px ({width * found.mpp[0] / 1e3:.2f} x {height * found.mpp[1] / 1e3:.2f} mm)")
@@ -36,9 +35,8 @@ def info(slide: SlideFile, as_json: Json = False) -> None:
         print("resolution: unknown; state it with the manifest column mpp or --set slide.mpp=")
     for evidence in found.mpp_evidence:
         note = f" ({evidence.note})" if evidence.note else ""
-        print(
-            f"  {'used  ' if evidence.used else 'unused'} {evidence.source}: {evidence.mpp_x:g} x {evidence.mpp_y:g}{note}"
-        )
+        used = "used  " if evidence.used else "unused"
+        print(f"  {used} {evidence.source}: {evidence.mpp_x:g} x {evidence.mpp_y:g}{note}")
     if found.bounds_l0 is not None:
         print(f"scanned part: {tuple(found.bounds_l0)} (x, y, width, height in level-0 px)")
     rows = [

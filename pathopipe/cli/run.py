@@ -1,6 +1,5 @@
 """``pathopipe run``: slides, folders or a manifest through all stages."""
 
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathopipe.cli.options import ConfigFile, EncoderNames, Out, Settings, read_
 from pathopipe.cli.progress import RunProgress, format_table
 
 if TYPE_CHECKING:
-    from pathopipe.config import Config
     from pathopipe.pipeline import RunPlan, SlideOutcome
     from pathopipe.records import SlideRef
 
@@ -60,12 +58,19 @@ def run(
     A manifest is a CSV with the columns slide_id and path, and if wanted mpp, patient_id and labels.
     Exit code: 0 all done, 1 some slide failed, 2 wrong use, 130 interrupted.
     """
-    from pathopipe.pipeline import RunPlan
+    from pathopipe.cluster import usable_cores
+    from pathopipe.pipeline import RunPlan, check_plan
 
     settled = read_config(config, settings, encoder=encoder)
     refs = gather(slides, allow_missing=allow_missing)
-    check_encoders(settled)
-    plan = RunPlan(out=out, config=settled, fresh=fresh.value if fresh else None, retry_bad=retry_bad)
+    plan = RunPlan(
+        out=out,
+        config=settled,
+        fresh=fresh.value if fresh else None,
+        retry_bad=retry_bad,
+        threads=max(1, usable_cores() // workers),
+    )
+    check_plan(refs, plan)
     outcomes = run_and_tell(refs, plan, workers)
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
@@ -73,12 +78,9 @@ def run(
 
 def run_and_tell(refs: Sequence["SlideRef"], plan: "RunPlan", workers: int) -> list["SlideOutcome"]:
     """Run slides with progress on stderr; print and keep the summary."""
-    from dataclasses import replace
-
-    from pathopipe.cluster import run_cohort, usable_cores
+    from pathopipe.cluster import run_cohort
     from pathopipe.report.summary import update_summary
 
-    plan = replace(plan, threads=usable_cores())
     outcomes: list[SlideOutcome] = []
 
     def ended(outcome: "SlideOutcome") -> None:
@@ -123,17 +125,6 @@ def gather(paths: Sequence[Path], *, allow_missing: bool) -> list["SlideRef"]:
     return refs
 
 
-def check_encoders(config: "Config") -> None:
-    """Refuse unknown encoders and missing weights before any slide is touched."""
-    from pathopipe.embeddings.catalog import find_encoder
-    from pathopipe.embeddings.embed import build_encoder
-
-    for name in config.embed.encoder:
-        # A network is built once here: a wrong architecture, device or weights file shows now, not slide by slide.
-        if find_encoder(name).loader != "handcrafted":
-            build_encoder(name, config.embed, mpp=(config.tiles.mpp, config.tiles.mpp), threads=1)
-
-
 def _summary_row(outcome: "SlideOutcome") -> dict[str, object]:
     return {
         "slide_id": outcome.slide_id,
@@ -170,4 +161,4 @@ def _print_summary(outcomes: Sequence["SlideOutcome"], out: Path) -> None:
     tiles = sum(outcome.tiles for outcome in outcomes)
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} slides done, {tiles} tiles; results in {out}")
     for outcome in failed:
-        print(f"failed: {outcome.reason}", file=sys.stderr)
+        print(f"failed: {outcome.reason}")

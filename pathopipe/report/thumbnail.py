@@ -10,9 +10,9 @@ from pathopipe.errors import PathopipeError
 from pathopipe.files import durable_file
 from pathopipe.records import TileGrid, Tissue
 
-__all__ = ["draw_thumbnail", "write_png"]
+__all__ = ["LONGEST_SIDE_PX", "draw_thumbnail", "write_png"]
 
-_LONGEST_SIDE_PX = 1600
+LONGEST_SIDE_PX = 1600
 _OUTLINE_RGB = (0, 150, 70)
 _TILE_RGB = (40, 70, 200)
 # Below this a tile's frame would be a smear; the tiles are tinted instead.
@@ -34,7 +34,7 @@ def draw_thumbnail(
     Returns:
         (height, width, 3) RGB, at most 1600 px on the longer side.
     """
-    shrink = min(1.0, _LONGEST_SIDE_PX / max(overview.shape[:2]))
+    shrink = min(1.0, LONGEST_SIDE_PX / max(overview.shape[:2]))
     size = (max(1, round(overview.shape[1] * shrink)), max(1, round(overview.shape[0] * shrink)))
     # Physical shape: an overview of anisotropic pixels is drawn as it was scanned, like in any viewer.
     canvas = cv2.resize(overview, size, interpolation=cv2.INTER_AREA) if shrink < 1 else overview.copy()
