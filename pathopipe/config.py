@@ -31,10 +31,12 @@ class TissueConfig(_Section):
     """Resolution of the one coarse read, in micrometres per mask pixel."""
     mask: str | None = None
     """A mask to use instead of detection: GeoJSON or a label image; ``{slide_id}`` stands for the slide's id."""
-    min_region_mm2: float = Field(default=0.02, ge=0)
+    min_region_mm2: float = Field(default=0.01, ge=0)
     """Smaller pieces of tissue are dropped."""
     min_hole_mm2: float = Field(default=0.01, ge=0)
     """Smaller holes in tissue are filled."""
+    little_mm2: float = Field(default=1.0, ge=0)
+    """Slides with less tissue are flagged ``little-tissue``."""
 
 
 class TilesConfig(_Section):

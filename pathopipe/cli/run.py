@@ -106,7 +106,7 @@ def gather(paths: Sequence[Path], *, allow_missing: bool) -> list["SlideRef"]:
     from pathopipe.cohort import check_refs, read_manifest
     from pathopipe.errors import UsageError
     from pathopipe.records import SlideRef
-    from pathopipe.slide.open import find_slides
+    from pathopipe.slide.find import find_slides
 
     refs: list[SlideRef] = []
     for path in paths:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathopipe.config import TilesConfig
-from pathopipe.errors import SlideError, UsageError
+from pathopipe.errors import SlideError
 from pathopipe.records import Level, SlideInfo, TileGrid, Tissue
 
 __all__ = ["BLOCK_TILES", "GRID_VERSION", "grid_name", "plan_grid", "tile_starts"]
@@ -44,11 +44,8 @@ def plan_grid(info: SlideInfo, mpp_l0: tuple[float, float], tissue: Tissue, conf
     """Lay the grid over a slide and keep the tiles with enough tissue.
 
     Raises:
-        UsageError: The overlap is not smaller than the tile.
         SlideError: The slide is coarser than the tiles asked for, or smaller than one tile with ``edge=drop``.
     """
-    if config.overlap_px >= config.side_px:
-        raise UsageError(f"tiles.overlap_px={config.overlap_px} must be less than tiles.side_px={config.side_px}")
     axes = [_fit_axis(mpp, config) for mpp in mpp_l0]
     if min(axis.factor for axis in axes) < 1 and not config.allow_enlarge:
         native = " x ".join(f"{mpp:g}" for mpp in dict.fromkeys(mpp_l0))

@@ -44,11 +44,11 @@ def test_run_on_a_folder_and_a_manifest(cli: Cli, drawn_slide: Path, tmp_path: P
     folder = cli("run", drawn_slide.parent, "--out", tmp_path / "a")
     assert (folder.code, "1 of 1 slides done" in folder.out) == (0, True)
     manifest = tmp_path / "cohort.csv"
-    manifest.write_text(f"slide_id,path,mpp,patient_id\npatient 7 µ,{drawn_slide},1.0,p7\n", encoding="utf-8")
+    manifest.write_text(f"slide_id,path,mpp,patient_id\npatient 7 µ,{drawn_slide},0.4,p7\n", encoding="utf-8")
     named = cli("run", manifest, "--out", tmp_path / "b")
     assert named.code == 0, named.err
     about = zarr.open_group(tmp_path / "b" / "slides" / "patient 7 µ.zarr", mode="r").attrs["pathopipe"]
-    assert about["slide"]["mpp"] == [1.0, 1.0]
+    assert about["slide"]["mpp"] == [0.4, 0.4]
     assert about["slide"]["mpp_evidence"][0]["source"] == "manifest"
 
 
