@@ -402,7 +402,10 @@ def _make_measurements(items: Iterable[tuple[str, Any]]) -> dict[str, float]:
     for name, value in items:
         if value is None or isinstance(value, (bool, np.bool_, str, bytes)):
             continue
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise _BrokenRuleError(16, f"{name} = {_brief(value)}") from None
         # False for NaN too.
         if -_FLOAT32_MAX <= number <= _FLOAT32_MAX:
             rounded = float(f"{number:.8g}")
@@ -428,7 +431,8 @@ def _make_geometries(geometries: NDArray[np.object_], offset_l0: tuple[float, fl
         counts[owner[outside]] = 0
         xy = xy[counts[owner] > 0]
     shapes[counts == 0] = None
-    shifted = shapely.set_coordinates(shapes.copy(), xy)
+    # Far finer than the grid, but without the near-zero numbers that a repair stumbles over.
+    shifted = shapely.set_coordinates(shapes.copy(), np.rint(xy * 2**16) / 2**16)
     shapes = shapely.set_coordinates(shapes, _snap(xy))
     kinds = shapely.get_type_id(shapes)
     polygons = np.flatnonzero(kinds == _POLYGON)
@@ -467,14 +471,24 @@ def _snap(xy: NDArray[np.float64]) -> NDArray[np.float64]:
 def _repair(geometry: BaseGeometry) -> BaseGeometry | None:
     """The polygon parts of at least 1 px2 of a geometry that was made valid and then snapped, or None."""
     try:
-        fixed = shapely.make_valid(_join(_polygon_parts(geometry)))
-        parts = _polygon_parts(shapely.set_precision(_join(_polygon_parts(fixed)), _GRID_PX))
+        fixed = _make_valid(_join(_polygon_parts(geometry)))
+        with np.errstate(all="ignore"):
+            parts = _polygon_parts(shapely.set_precision(fixed, _GRID_PX))
     except shapely.errors.GEOSException:
         return None
     kept = _join(parts[shapely.area(parts) >= _MIN_AREA_PX2])
     if kept.is_empty or not kept.is_valid:
         return None
     return shapely.set_coordinates(kept, _snap(shapely.get_coordinates(kept)))
+
+
+def _make_valid(geometry: BaseGeometry) -> BaseGeometry:
+    """The polygon parts of a repaired geometry; empty where none is left."""
+    if geometry.is_valid:
+        return geometry
+    # GEOS divides by zero on its way to a good result, and shapely passes on the warning.
+    with np.errstate(all="ignore"):
+        return _join(_polygon_parts(shapely.make_valid(geometry)))
 
 
 def _polygon_parts(geometry: BaseGeometry) -> NDArray[np.object_]:
@@ -964,8 +978,7 @@ def _check_shapes(
             owners = (np.cumsum(many) - 1)[part_owner[areal_parts]][~one_part]
             shapes[many] = shapely.multipolygons(parts[~one_part], indices=owners)
         _check_valid(shapes[areal])
-    for index in np.flatnonzero(~areal):
-        (path,) = np.flatnonzero(path_owner == index)
+    for index, path in zip(np.flatnonzero(~areal), np.flatnonzero(~is_ring), strict=True):
         points = xy[starts[path] : ends[path]]
         if kinds[index] != "LineString":
             shapes[index] = shapely.multipoints(points)
@@ -1252,8 +1265,8 @@ class _Scanner:
             if self.take(",]") == "]":
                 return
 
-    def keys(self) -> Iterator[str]:
-        """Step through an object; the caller steps over the value before it asks for the next key."""
+    def members(self) -> Iterator[str]:
+        """Step through the keys of an object; the caller steps over the value before it asks for the next key."""
         self.take("{")
         if self.peek() == "}":
             self.take("}")
@@ -1288,7 +1301,7 @@ def _raw_features(scanner: _Scanner) -> Iterator[Any]:
 def _raw_members(scanner: _Scanner) -> Iterator[Any]:
     members: dict[str, Any] = {}
     streamed = False
-    for key in scanner.keys():
+    for key in scanner.members():
         if key == "features" and scanner.peek() == "[":
             yield from scanner.items()
             streamed = True
@@ -1462,7 +1475,7 @@ def _read_polygons(coordinates: list[Any], number: int, notes: _Notes) -> BaseGe
     shape = _join(shapes)
     if not shape.is_valid:
         broken = True
-        shape = _join(_polygon_parts(shapely.make_valid(shape)))
+        shape = _make_valid(shape)
     if shape.is_empty:
         notes.add(_LOST, number)
         return None

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
+import shapely.affinity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapely.geometry import (
@@ -90,30 +91,25 @@ def assert_no_null(value: Any) -> None:
         assert_no_null(inner)
 
 
-def quantized(coordinates: Any) -> Any:
-    """Coordinates as QuPath comes to hold them: single precision, then hundredths."""
-    if isinstance(coordinates, (list, tuple)):
-        return [quantized(inner) for inner in coordinates]
-    return round(float(np.float32(coordinates)) * 100) / 100
-
-
 def assert_survives_quantization(geometry: dict[str, Any]) -> None:
+    """A geometry is what rules 7 to 10 ask for, and stays so as QuPath holds it: single precision, hundredths."""
     kind = geometry["type"]
     assert kind in ("Polygon", "MultiPolygon", "Point", "MultiPoint", "LineString")
-    held = {"type": kind, "coordinates": quantized(geometry["coordinates"])}
-    assert shape(held).is_valid, geometry
-    assert shape(held).equals(shape(geometry))
+    given = shape(geometry)
+    xy = shapely.get_coordinates(given)
+    assert (xy * 4 == np.rint(xy * 4)).all()
+    held = np.rint(xy.astype(np.float32).astype(np.float64) * 100) / 100
+    assert (held == xy).all()
+    assert shapely.set_coordinates(given, held).is_valid, geometry
     if kind not in ("Polygon", "MultiPolygon"):
         return
     parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
     assert kind == "Polygon" or len(parts) > 1
-    for part in parts:
-        assert Polygon(part[0], part[1:]).area >= 1
-        for ring in part:
-            assert len(ring) >= 4
-            assert ring[0] == ring[-1]
-            assert all(len(position) == 2 for position in ring)
-            assert all(number * 4 == round(number * 4) for position in ring for number in position)
+    assert (shapely.area(shapely.get_parts(given)) >= 1).all()
+    for ring in (ring for part in parts for ring in part):
+        assert len(ring) >= 4
+        assert ring[0] == ring[-1]
+        assert set(map(len, ring)) == {2}
 
 
 def simple(number: int = 0, **changes: Any) -> dict[str, Any]:
@@ -158,7 +154,7 @@ def moved(geometry: Any, offset: tuple[float, float]) -> Any:
     return shapely.transform(geometry, lambda xy: xy + offset)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(geometry=polygons(), offset=offsets)
 def test_any_polygon_at_any_offset_is_written_valid(geometry: Any, offset: tuple[float, float]) -> None:
     made = feature(moved(geometry, offset), object_type="detection", id=stable_id("s", "nuclei", 0))
@@ -167,7 +163,7 @@ def test_any_polygon_at_any_offset_is_written_valid(geometry: Any, offset: tuple
         assert geojson._encode([made])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(geometry=polygons(), offset=offsets)
 def test_little_is_lost(geometry: Any, offset: tuple[float, float]) -> None:
     fixed = moved(shapely.make_valid(geometry), offset)
@@ -178,7 +174,7 @@ def test_little_is_lost(geometry: Any, offset: tuple[float, float]) -> None:
     assert abs(kept - fixed.area) <= 0.4 * fixed.length + 1.1 * n_parts + 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cell=polygons(), nucleus=polygons(), offset=offsets)
 def test_a_nucleus_stays_inside_its_cell(cell: Any, nucleus: Any, offset: tuple[float, float]) -> None:
     made = feature(
@@ -203,7 +199,19 @@ def test_a_nucleus_that_pokes_out_is_cut_back() -> None:
     assert "nucleusGeometry" not in outside
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("degrees", range(0, 90, 7))
+def test_a_nucleus_is_cut_back_at_a_slanting_edge_too(degrees: int) -> None:
+    cell = shapely.affinity.rotate(box(0, 0, 20, 20), degrees, origin=(3.3, 4.7))
+    nucleus = shapely.affinity.rotate(Point(18, 10).buffer(5), degrees, origin=(3.3, 4.7))
+    made = feature(cell, object_type="cell", id=stable_id("s", "cells", 0), nucleus_geometry=nucleus)
+    assert made is not None
+    kept = shape(made["nucleusGeometry"])
+    inside = cell.intersection(nucleus).area
+    assert inside - 8 < kept.area < inside
+    assert shape(made["geometry"]).covers(kept)
+
+
+@settings(max_examples=30, deadline=None)
 @given(
     geometries=st.lists(
         st.one_of(polygons(), st.none(), st.just(Point(3.3, 4.4)), st.just(LineString([(0, 0), (5, 5.1)]))), max_size=8
@@ -241,7 +249,7 @@ def test_many_at_once_are_the_same_as_one_by_one(geometries: list[Any], offset: 
 
 def test_batches_are_written_like_single_features(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    discs = [Point(x, y).buffer(r) for x, y, r in rng.uniform(-5, 4000, (2500, 3)) / (1, 1, 300)]
+    discs = [Point(x, y).buffer(r, quad_segs=5) for x, y, r in rng.uniform(-5, 4000, (1300, 3)) / (1, 1, 300)]
     shapes = [*discs, None, discs[0].difference(discs[0].buffer(-2)), MultiPolygon([box(0, 0, 2, 2), box(5, 5, 9, 9)])]
     nuclei = [None if each is None or number % 2 else each.buffer(-1) for number, each in enumerate(shapes)]
     given = {
@@ -405,6 +413,7 @@ def test_a_subclass_is_written_as_names() -> None:
         (15, {"classification": ("Tumor", (1, 2, 256))}),
         (15, {"classification": ("Tumor", (1, 2.5, 3))}),
         (16, {"measurements": {"": 1.0}}),
+        (16, {"measurements": {"box": [1.0, 2.0]}}),
         (16, {"measurements": {f"m{number}": 1.0 for number in range(31)}}),
         (17, {"color": (1, 2)}),
         (17, {"name": 5}),
@@ -480,18 +489,19 @@ def test_two_runs_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_count_and_area_come_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    discs = [Point(x, y).buffer(r) for x, y, r in rng.uniform(5, 300_000, (3000, 3)) / (1, 1, 20_000)]
+    discs = [Point(x, y).buffer(r, quad_segs=6) for x, y, r in rng.uniform(5, 300_000, (1500, 3)) / (1, 1, 20_000)]
     ids = [stable_id("s", "nuclei", number) for number in range(len(discs))]
-    made = list(polygon_features(discs, object_type="detection", ids=ids, measurements={"n": np.arange(3000)}))
+    made = list(polygon_features(discs, object_type="detection", ids=ids, measurements={"n": np.arange(1500)}))
     report = write_features(tmp_path / "a.geojson.gz", made)
     read = list(read_features(tmp_path / "a.geojson.gz"))
-    assert len(read) == report.written == 3000 - report.dropped
+    assert len(read) == report.written == 1500 - report.dropped
     assert report.dropped == sum(each is None for each in made)
     area = sum(disc.area for disc, each in zip(discs, made, strict=True) if each is not None)
     assert sum(each.geometry.area for each in read) == pytest.approx(area, rel=1e-3)
     assert sum(shape(each["geometry"]).area for each in strict(tmp_path / "a.geojson.gz")) == pytest.approx(area, 1e-3)
     assert [each.id for each in read] == [id for id, each in zip(ids, made, strict=True) if each is not None]
-    assert read[5].measurements == {"n": made[5]["properties"]["measurements"]["n"]}  # type: ignore[index]
+    numbers = [number for number, each in enumerate(made) if each is not None]
+    assert [each.measurements for each in read] == [{"n": float(number)} for number in numbers]
 
 
 def test_no_objects_make_an_empty_collection(tmp_path: Path) -> None:
@@ -638,7 +648,7 @@ def test_rules_that_hold_by_hand(tmp_path: Path) -> None:
     assert second["geometry"]["coordinates"] == touching
 
 
-@pytest.mark.parametrize("apart", [0, 1, 3000])
+@pytest.mark.parametrize("apart", [0, 1, 1500])
 def test_doubled_ids_are_refused(tmp_path: Path, apart: int) -> None:
     between = [simple(number) for number in range(apart)]
     with pytest.raises(GeoJSONError, match=rf"features 2 and {apart + 3} break rule 12: both bear the id [0-9a-f-]+;"):
@@ -661,11 +671,11 @@ def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:
         tracemalloc.start()
         made = (
             batch
-            for start in range(0, count, 1000)
+            for start in range(0, count, 500)
             for batch in polygon_features(
-                [box(0, 0, 5, 5)] * 1000,
+                [box(0, 0, 5, 5)] * 500,
                 object_type="detection",
-                ids=[stable_id("s", "l", start + k) for k in range(1000)],
+                ids=[stable_id("s", "l", start + k) for k in range(500)],
             )
         )
         write_features(tmp_path / "a.geojson", made)
@@ -673,12 +683,15 @@ def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:
         tracemalloc.stop()
         return highest
 
-    assert peak(16_000) < 1.25 * peak(4_000)
+    assert peak(6_000) < 1.25 * peak(1_500)
+
+
+SIMPLE = simple()
 
 
 def fails_while_iterating(error: BaseException) -> Iterator[dict[str, Any]]:
-    for number in range(3000):
-        yield simple(number)
+    for number in range(1500):
+        yield {**SIMPLE, "id": stable_id("s", "l", number)}
     raise error
 
 
@@ -725,7 +738,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     real_open = Path.open
     monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(real_open(path, mode), room))
     with pytest.raises(StoreWriteError, match=r"No space left.*free space or choose another"):
-        write_features(tmp_path / name, (simple(number) for number in range(3000)))
+        write_features(tmp_path / name, ({**SIMPLE, "id": stable_id("s", "l", k)} for k in range(3000)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1134,18 +1147,19 @@ def test_a_fault_is_named_after_the_features_before_it(tmp_path: Path) -> None:
         list(reader)
 
 
-def test_reading_holds_no_more_than_a_block(tmp_path: Path) -> None:
-    path = put(tmp_path, json.dumps(collection(*[raw_feature(name="n" * 500)] * 8000)))
-    assert path.stat().st_size > 5_000_000
+def test_reading_holds_no_more_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(geojson, "_READ_CHARS", 2**18)
+    path = put(tmp_path, json.dumps(collection(*[raw_feature(name="n" * 500)] * 4000)))
+    assert path.stat().st_size > 2_500_000
     tracemalloc.start()
     count = sum(1 for _ in read_features(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert count == 8000
-    assert peak < 6 * geojson._READ_CHARS
+    assert count == 4000
+    assert peak < 9 * 2**18
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(geometries=st.lists(polygons(), min_size=1, max_size=5))
 def test_anything_that_people_draw_can_be_written_again(tmp_path: Path, geometries: list[Any]) -> None:
     document = collection(*[raw_feature(shapely.geometry.mapping(geometry)) for geometry in geometries])

@@ -1,14 +1,15 @@
-"""The slide protocol that every reader keeps."""
+"""The slide protocol that every reader keeps, and the arithmetic they share."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pathopipe.geometry import Region
-from pathopipe.records import SlideInfo
+from pathopipe.records import Level, SlideInfo
 
-__all__ = ["Slide"]
+__all__ = ["Slide", "check_region", "describe", "level_corner", "levels_from_sizes", "paste"]
 
 
 class Slide(Protocol):
@@ -22,14 +23,73 @@ class Slide(Protocol):
     def read(self, region: Region) -> NDArray[np.uint8]:
         """Read one region as RGB, as OpenSlide's ``read_region`` shows it over white.
 
+        The corner in level pixels is ``x_l0 / downsample_x``. Where that is not whole, OpenSlide blends neighbouring
+        pixels; readers without OpenSlide take the nearest pixel.
+
         Returns:
             (height_px, width_px, 3) uint8; white outside the slide and where nothing was scanned.
 
         Raises:
             TileReadError: A block under the region can't be read. The slide stays usable for other regions.
+            ValueError: The level does not exist, a size is negative, or the slide was closed.
         """
         ...
 
     def close(self) -> None:
         """Free file handles and caches."""
         ...
+
+
+def levels_from_sizes(
+    sizes: Sequence[tuple[int, int]], blocks: Sequence[tuple[int, int] | None] | None = None
+) -> tuple[Level, ...]:
+    """Describe a pyramid by its sizes (width, height), finest first.
+
+    The downsample of a level is OpenSlide's: the mean of the ratios of widths and of heights, the same for both axes.
+    """
+    width_l0, height_l0 = sizes[0]
+    levels = []
+    for number, (width_px, height_px) in enumerate(sizes):
+        downsample = (width_l0 / width_px + height_l0 / height_px) / 2 if number else 1.0
+        block = blocks[number] if blocks is not None else None
+        block_width_px, block_height_px = block if block is not None else (None, None)
+        levels.append(Level(width_px, height_px, downsample, downsample, block_width_px, block_height_px))
+    return tuple(levels)
+
+
+def check_region(info: SlideInfo, region: Region) -> Level:
+    """Return the level that a region asks for; ValueError where there is no such level or a size is negative."""
+    if not 0 <= region.level < len(info.levels):
+        raise ValueError(f"{info.slide_id}: no level {region.level}; there are {len(info.levels)}, counted from 0")
+    if region.width_px < 0 or region.height_px < 0:
+        raise ValueError(f"{info.slide_id}: a region can't be {region.width_px} x {region.height_px} px")
+    return info.levels[region.level]
+
+
+def level_corner(level: Level, region: Region) -> tuple[int, int]:
+    """Corner of a region in pixels of its level (x, y), to the nearest pixel."""
+    return int(np.floor(region.x_l0 / level.downsample_x + 0.5)), int(np.floor(region.y_l0 / level.downsample_y + 0.5))
+
+
+def paste(canvas: NDArray[np.uint8], block: NDArray[np.uint8], x_px: int, y_px: int) -> None:
+    """Copy the part of a block that lies on the canvas; (x_px, y_px) is its corner there, negative where it sticks out.
+
+    Args:
+        canvas: (height, width, 3), changed in place.
+        block: (height, width, 3).
+        x_px: Column of the block's left edge on the canvas.
+        y_px: Row of the block's top edge on the canvas.
+    """
+    top, left = max(y_px, 0), max(x_px, 0)
+    bottom = min(y_px + block.shape[0], canvas.shape[0])
+    right = min(x_px + block.shape[1], canvas.shape[1])
+    if top < bottom and left < right:
+        canvas[top:bottom, left:right] = block[top - y_px : bottom - y_px, left - x_px : right - x_px]
+
+
+def describe(region: Region) -> str:
+    """Say where a region lies, for an error message."""
+    return (
+        f"region at level-0 ({region.x_l0}, {region.y_l0}), {region.width_px} x {region.height_px} px "
+        f"of level {region.level}"
+    )

@@ -1,0 +1,348 @@
+"""The manifest of a cohort: which slides there are, checked as a whole before any work starts."""
+
+import csv
+import io
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, NoReturn
+
+from pathopipe.errors import UsageError
+from pathopipe.records import SlideRef
+from pathopipe.registry import nearest
+
+__all__ = ["check_refs", "check_slide_id", "read_manifest"]
+
+logger = logging.getLogger("pathopipe")
+
+_NEEDED: Final = ("slide_id", "path")
+_DELIMITERS: Final = (",", ";", "\t")
+_SHOWN_PROBLEMS: Final = 10
+# A store is named <slide_id>.zarr, and parts of it add to that; file systems end names at 255 bytes.
+_MAX_ID_BYTES: Final = 200
+_MPP_RANGE: Final = (0.05, 50.0)
+_ADVICE: Final = "use letters, digits, '.', '_' or '-'"
+_PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9 _-]|\.(?!\.)){0,198}(?<![. ])")
+_RESERVED: Final = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³])(\..*)?", re.IGNORECASE)
+# Control, surrogate, invisible formatting, line and paragraph separators.
+_UNSEEN: Final = frozenset(("Cc", "Cs", "Cf", "Zl", "Zp"))
+
+
+def read_manifest(path: Path, *, allow_missing: bool = False) -> list[SlideRef]:
+    """Read and check a manifest: a CSV table with the columns ``slide_id`` and ``path``.
+
+    UTF-8 (with or without byte-order mark) or UTF-16 with its mark; commas, semicolons or tabs, whichever the header
+    uses; blank rows are passed over. Two rows that name the same file are logged as a warning, not refused: one slide
+    may be wanted under two ids, with two resolutions for example.
+
+    Args:
+        path: The table. Paths in it are relative to its folder. ``mpp`` (um/px, 0.05 to 50) may be there, with a
+            decimal comma where commas do not part the columns; an empty cell is no statement. All further columns are
+            kept as text.
+        allow_missing: Take slides whose file is not there; they fail later, alone.
+
+    Returns:
+        The slides in the order of the table, ids in Unicode's composed form (NFC).
+
+    Raises:
+        UsageError: The table can't be read, or anything in it is wrong; one error lists every problem with its row,
+            counted as a spreadsheet does.
+    """
+    header, delimiter, rows = _read_table(path)
+    problems: list[str] = []
+    refs: list[SlideRef] = []
+    numbers: list[int] = []
+    stated: dict[object, int] = {}
+    shared: list[str] = []
+    for number, cells in rows:
+        if len(cells) != len(header):
+            fault = "too many" if len(cells) > len(header) else "too few"
+            problems.append(
+                f"row {number}: {len(cells)} cells under {len(header)} columns, {fault}; "
+                "quote cells that hold the delimiter, and fill up short rows"
+            )
+            continue
+        values = dict(zip(header, cells, strict=True))
+        slide_id, file, mpp_text = values.pop("slide_id"), values.pop("path").strip(), values.pop("mpp", "").strip()
+        id_problem = _id_problem(slide_id)
+        if id_problem:
+            problems.append(f"row {number}: {id_problem}")
+        mpp, mpp_problem = _parse_mpp(mpp_text, decimal_comma=delimiter != ",")
+        if mpp_problem:
+            problems.append(f"row {number}: {mpp_problem}")
+        place = path.parent / file
+        identity, file_problem = _find(place, file, allow_missing=allow_missing)
+        if file_problem:
+            problems.append(f"row {number}: {file_problem}")
+        elif identity in stated:
+            shared.append(f"rows {stated[identity]} and {number}: {_quote(file)}")
+        else:
+            stated[identity] = number
+        refs.append(
+            SlideRef(
+                slide_id=unicodedata.normalize("NFC", slide_id),
+                path=place,
+                mpp=mpp,
+                columns={name: value.strip() for name, value in values.items()},
+            )
+        )
+        numbers.append(number)
+    for first, second, text in _doubles([ref.slide_id for ref in refs]):
+        problems.append(f"rows {numbers[first]} and {numbers[second]}: {text}; give every slide an id of its own")
+    if problems:
+        _refuse(path.name, problems)
+    if not refs:
+        raise UsageError(f"{path.name}: no slide below the header; write one row a slide")
+    if shared:
+        more = f" and {len(shared) - _SHOWN_PROBLEMS} more" if len(shared) > _SHOWN_PROBLEMS else ""
+        logger.warning("%s: one file under several ids (%s%s)", path.name, "; ".join(shared[:_SHOWN_PROBLEMS]), more)
+    return refs
+
+
+def check_refs(refs: Sequence[SlideRef], *, where: str) -> None:
+    """Make sure that slides can be told apart and outputs can bear their ids, on any file system.
+
+    Args:
+        refs: The slides, from a folder for example.
+        where: What the message begins with: the folder or the table.
+
+    Raises:
+        UsageError: Ids are unsafe or double, also but for case or for how accents are encoded; all are listed.
+    """
+    problems = []
+    for ref in refs:
+        problem = _id_problem(ref.slide_id)
+        if problem:
+            problems.append(f"{ref.path.name}: {problem}")
+    for first, second, text in _doubles([ref.slide_id for ref in refs]):
+        files = f"{refs[first].path} and {refs[second].path}"
+        problems.append(f"{files}: {text}; rename one, or give a manifest with an id for each")
+    if problems:
+        _refuse(where, problems)
+
+
+def check_slide_id(slide_id: str) -> None:
+    """Make sure that an id can name folders and files on any system.
+
+    Letters and digits of any script, spaces inside, ``.``, ``_``, ``-`` and most other signs are fine.
+
+    Raises:
+        UsageError: It is empty or longer than 200 bytes of UTF-8, holds path separators, ``..``, control or invisible
+            characters or what Windows refuses, begins with a dot or a space, or ends with one.
+    """
+    problem = _id_problem(slide_id)
+    if problem:
+        raise UsageError(problem)
+
+
+def _refuse(where: str, problems: list[str]) -> NoReturn:
+    if len(problems) == 1:
+        raise UsageError(f"{where}{' ' if problems[0].startswith('row') else ': '}{problems[0]}")
+    shown = problems[:_SHOWN_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    raise UsageError(f"{where}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in shown))
+
+
+# --- ids ---------------------------------------------------------------------------------------------------------
+
+
+def _id_problem(slide_id: str) -> str | None:
+    """What is wrong with an id, and what to do; None where nothing is."""
+    if _PLAIN_ID.fullmatch(slide_id) and not _RESERVED.fullmatch(slide_id):
+        return None
+    if not slide_id.strip():
+        return f"slide_id is empty; {_ADVICE}"
+    fault = _id_fault(unicodedata.normalize("NFC", slide_id))
+    return None if fault is None else f"slide_id {_quote(slide_id)} {fault}"
+
+
+def _id_fault(slide_id: str) -> str | None:
+    unseen = next((letter for letter in slide_id if unicodedata.category(letter) in _UNSEEN), None)
+    if unseen is not None:
+        return f"holds the invisible character U+{ord(unseen):04X}; {_ADVICE}"
+    if "/" in slide_id or "\\" in slide_id:
+        return f"holds a path separator; {_ADVICE}"
+    refused = next((letter for letter in slide_id if letter in '<>:"|?*'), None)
+    if refused is not None:
+        return f"holds {refused!r}, which Windows refuses in file names; {_ADVICE}"
+    if slide_id.startswith("."):
+        return "begins with a dot, which hides files; begin with a letter or a digit"
+    if ".." in slide_id:
+        return "holds '..', which means the folder above; use single dots"
+    if slide_id != slide_id.strip():
+        return "begins or ends with a space; take it away"
+    if slide_id.endswith("."):
+        return "ends with a dot, which Windows drops from file names; take it away"
+    if _RESERVED.fullmatch(slide_id):
+        return "is a name that Windows keeps for itself; choose another"
+    n_bytes = len(slide_id.encode("utf-8"))
+    if n_bytes > _MAX_ID_BYTES:
+        return f"is {n_bytes} bytes long; use at most {_MAX_ID_BYTES}"
+    return None
+
+
+def _doubles(slide_ids: Iterable[str]) -> Iterator[tuple[int, int, str]]:
+    """Pairs of places whose ids some file system can't tell apart, and how they relate."""
+    seen: dict[str, tuple[int, str]] = {}
+    for index, slide_id in enumerate(slide_ids):
+        if not slide_id.strip():
+            continue
+        composed = unicodedata.normalize("NFC", slide_id)
+        first, other = seen.setdefault(unicodedata.normalize("NFC", composed.casefold()), (index, slide_id))
+        if first == index:
+            continue
+        if other == slide_id:
+            yield first, index, f"slide_id {_quote(slide_id)} twice"
+        elif unicodedata.normalize("NFC", other) == composed:
+            yield first, index, f"slide_id {_quote(slide_id)} twice, its accents encoded in two ways"
+        else:
+            yield (
+                first,
+                index,
+                f"slide_ids {_quote(other)} and {_quote(slide_id)} differ only in case, "
+                "which some file systems don't tell apart",
+            )
+
+
+def _quote(text: str) -> str:
+    """The text in quotes, what is invisible escaped, long ones cut."""
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+
+def _parse_mpp(text: str, *, decimal_comma: bool) -> tuple[float | None, str | None]:
+    """Micrometres per pixel and what is wrong with them; both None for an empty cell."""
+    if not text:
+        return None, None
+    try:
+        value = float(text.replace(",", ".") if decimal_comma else text)
+    except ValueError:
+        return None, f"mpp {_quote(text)} is not a number; write micrometres per pixel, 0.25 for example, or nothing"
+    low, high = _MPP_RANGE
+    if not low <= value <= high:
+        return (
+            None,
+            f"mpp {_quote(text)} is not from {low:g} to {high:g} micrometres per pixel; correct it or write nothing",
+        )
+    return value, None
+
+
+def _find(place: Path, text: str, *, allow_missing: bool) -> tuple[object, str | None]:
+    """What makes the file itself, through links and other spellings, and what is wrong with it."""
+    if not text:
+        return None, "path is empty; name the slide's file"
+    if "\0" in text:
+        return None, f"path {_quote(text)} holds a null character; write the table anew"
+    try:
+        status = place.stat()
+    except OSError as error:
+        if allow_missing:
+            return os.path.normpath(place), None
+        hint = "write '/' in place of '\\'" if "\\" in text else "correct the path, or pass --allow-missing"
+        return None, f"file {_quote(str(place))} can't be found ({error.strerror or error}); {hint}"
+    return (status.st_dev, status.st_ino), None
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+def _read_table(path: Path) -> tuple[list[str], str, list[tuple[int, list[str]]]]:
+    """Column names, delimiter, and the rows that are not blank with their numbers; the header is row 1."""
+    text = _read_text(path)
+    first_line = next((line for line in re.split(r"\r\n|\r|\n", text) if line.strip()), None)
+    if first_line is None:
+        raise UsageError(
+            f"{path.name}: the file is empty; write a header with {' and '.join(_NEEDED)}, and one row a slide"
+        )
+    delimiter = _find_delimiter(first_line)
+    rows = []
+    number = 0
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+        for number, cells in enumerate(reader, 1):
+            if any(cell.strip() for cell in cells):
+                rows.append((number, cells))
+    except csv.Error as error:
+        raise UsageError(f"{path.name} row {number + 1}: not CSV ({error}); check the quotes of this row") from None
+    _, names = rows.pop(0)
+    header = _check_header(names, path)
+    for _, cells in rows:
+        # Spreadsheets write empty cells beyond the last column.
+        while len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()
+    return header, delimiter, rows
+
+
+def _find_delimiter(first_line: str) -> str:
+    """The delimiter that finds most of the needed columns, then most columns."""
+
+    def rank(delimiter: str) -> tuple[int, int]:
+        names = [name.strip().strip('"').strip() for name in first_line.split(delimiter)]
+        return sum(name in names for name in _NEEDED), len(names)
+
+    return max(_DELIMITERS, key=rank)
+
+
+def _check_header(names: list[str], path: Path) -> list[str]:
+    header = [name.strip() for name in names]
+    while header and not header[-1]:
+        header.pop()
+    found = ", ".join(name for name in header if name)
+    problems = []
+    for name in _NEEDED:
+        if name not in header:
+            other_case = [other for other in header if other.casefold() == name]
+            hint = f"did you mean '{other_case[0]}'?" if other_case else nearest(name, filter(None, header))
+            mend = f"{hint} rename it" if hint.startswith("did") else "add it, or rename the one that holds it"
+            problems.append(f"no column '{name}' (found: {found}); {mend}")
+    for name in dict.fromkeys(filter(None, header)):
+        if header.count(name) > 1:
+            problems.append(f"column '{name}' stands there twice; rename or remove one")
+        if name != "mpp" and name.casefold() == "mpp":
+            problems.append(f"column '{name}' would pass unseen; write 'mpp'")
+    problems += [
+        f"column {number} has no name; give it one or remove it" for number, name in enumerate(header, 1) if not name
+    ]
+    if problems:
+        _refuse(path.name, problems)
+    return header
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+            encoding = _find_encoding(head)
+            if encoding is None:
+                raise UsageError(
+                    f"{path.name}: not a text file; a manifest is a CSV table, which spreadsheets save as 'CSV UTF-8'"
+                )
+            data = head + file.read()
+    except OSError as error:
+        raise UsageError(f"{path}: the manifest can't be read ({error.strerror or error}); check the path") from None
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding != "utf-8-sig":
+            raise UsageError(f"{path.name}: damaged {encoding.upper()} text; save the table as 'CSV UTF-8'") from None
+        # Which of the many 8-bit code pages it is can't be known, and a wrong guess makes wrong ids.
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path.name} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the table as 'CSV UTF-8'"
+        ) from None
+
+
+def _find_encoding(head: bytes) -> str | None:
+    """The encoding by its byte-order mark, else UTF-8; None for what is no text."""
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "utf-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    # Null bytes are in nearly every file that is no text; PK begins a zip, which a spreadsheet's own file is.
+    return None if b"\0" in head or head.startswith(b"PK\x03\x04") else "utf-8-sig"

@@ -1,0 +1,154 @@
+"""JPEG streams as TIFF tiles and DICOM frames carry them: what their markers say, and strict decoding."""
+
+from collections.abc import Container
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+__all__ = ["JpegHeader", "decode_jpeg", "parse_header", "shows_false_colours"]
+
+_SOI = b"\xff\xd8"
+_ADOBE_MARKER = 0xEE
+_JFIF_MARKER = 0xE0
+_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SCAN_MARKER = 0xDA
+_END_MARKER = 0xD9
+
+
+class JpegHeader(NamedTuple):
+    """What stands before the first scan."""
+
+    width_px: int
+    height_px: int
+    bits: int
+    sampling: tuple[tuple[int, int], ...]
+    """Horizontal and vertical sampling factor of each component."""
+    jfif: bool
+    adobe_transform: int | None
+    """0: RGB, 1: YCbCr; None without an Adobe marker."""
+
+    @property
+    def subsampled(self) -> bool:
+        """Whether components after the first are stored at lower resolution."""
+        return any(factors != self.sampling[0] for factors in self.sampling[1:])
+
+
+def parse_header(stream: bytes) -> JpegHeader:
+    """Read the markers up to the first scan.
+
+    Raises:
+        ValueError: It is no JPEG stream, or it ends before its frame header.
+    """
+    jfif, adobe, frame = False, None, None
+    for marker, start, end in _segments(stream):
+        body = stream[start:end]
+        if marker == _JFIF_MARKER and body.startswith(b"JFIF"):
+            jfif = True
+        elif marker == _ADOBE_MARKER and body.startswith(b"Adobe") and len(body) >= 12:
+            adobe = body[11]
+        elif marker in _FRAME_MARKERS and len(body) >= 6:
+            frame = body
+    if frame is None or len(frame) < 6 + 3 * frame[5] or frame[5] == 0:
+        raise ValueError("no JPEG frame header")
+    factors = tuple((frame[7 + 3 * n] >> 4, frame[7 + 3 * n] & 15) for n in range(frame[5]))
+    return JpegHeader(
+        width_px=int.from_bytes(frame[3:5], "big"),
+        height_px=int.from_bytes(frame[1:3], "big"),
+        bits=frame[0],
+        sampling=factors,
+        jfif=jfif,
+        adobe_transform=adobe,
+    )
+
+
+def decode_jpeg(
+    stream: bytes,
+    *,
+    tables: bytes | None,
+    components: int,
+    rgb_inside: bool,
+    believe_markers: bool,
+    sizes: Container[tuple[int, int]],
+) -> NDArray[np.uint8]:
+    """Decode one tile with libjpeg-turbo's accurate transform; a damaged stream is an error, never half grey.
+
+    Args:
+        stream: The tile as stored, from SOI to EOI.
+        tables: TIFF's JPEGTables, quantisation and Huffman tables shared by all tiles.
+        components: 1 for grey, 3 for colour.
+        rgb_inside: Whether the three components are RGB, else YCbCr.
+        believe_markers: Let a JFIF or Adobe marker of the tile overrule ``rgb_inside``.
+        sizes: The (width, height) that the tile may have.
+
+    Returns:
+        (height, width, components) uint8, RGB or grey.
+
+    Raises:
+        ValueError: The stream is damaged, or is not of a size that it may have.
+    """
+    header = parse_header(stream)
+    # Checked before decoding: a small stream may declare 65,535 x 65,535 pixels.
+    if (header.width_px, header.height_px) not in sizes or len(header.sampling) != components or header.bits != 8:
+        raise ValueError(
+            f"the JPEG stream holds {header.width_px} x {header.height_px} px of {len(header.sampling)} components "
+            f"with {header.bits} bits, other than its TIFF declares"
+        )
+    marked = believe_markers and (header.jfif or header.adobe_transform is not None)
+    whole = _whole(stream, tables, None if marked or components == 1 else rgb_inside)
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(whole, colorspace="RGB" if components == 3 else "GRAY")
+    return pixels
+
+
+def shows_false_colours(header: JpegHeader, declared: str) -> bool:
+    """Whether a reader that believes the declared colour space (DICOM's name for it) shows wrong colours.
+
+    Only certain cases count: an Adobe marker that says the opposite, and a JFIF marker with subsampled chroma under
+    ``RGB``, which has no chroma to subsample. Either sign alone proves nothing: some writers put JFIF on true RGB.
+    """
+    if len(header.sampling) != 3:
+        return False
+    if declared == "RGB":
+        return header.adobe_transform == 1 or (header.jfif and header.subsampled and header.adobe_transform is None)
+    return declared.startswith("YBR_FULL") and header.adobe_transform == 0
+
+
+def _segments(stream: bytes) -> list[tuple[int, int, int]]:
+    """List (marker, start of body, end of body) up to the first scan."""
+    if not stream.startswith(_SOI):
+        raise ValueError("no JPEG stream: it starts with " + (stream[:2].hex(" ") or "nothing"))
+    found = []
+    at = 2
+    while at + 4 <= len(stream) and stream[at] == 0xFF:
+        marker = stream[at + 1]
+        if marker == 0xFF:
+            at += 1
+            continue
+        if marker in (_SCAN_MARKER, _END_MARKER):
+            break
+        end = at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+        if end > len(stream):
+            break
+        found.append((marker, at + 4, end))
+        at = end
+    return found
+
+
+def _whole(stream: bytes, tables: bytes | None, rgb_inside: bool | None) -> bytes:
+    """Make a tile a stream of its own: shared tables put in front, colour space marked as the file declares it."""
+    parts = [_SOI]
+    if rgb_inside is not None:
+        # libjpeg goes by JFIF first, then Adobe; so the tile's own markers of either kind must go.
+        parts.append(b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([0 if rgb_inside else 1]))
+    if tables is not None and tables.startswith(_SOI):
+        end = -2 if tables.endswith(b"\xff\xd9") else len(tables)
+        parts.append(tables[2:end])
+    at = 2
+    if rgb_inside is not None:
+        for marker, start, end in _segments(stream):
+            if marker in (_JFIF_MARKER, _ADOBE_MARKER):
+                parts.append(stream[at : start - 4])
+                at = end
+    parts.append(stream[at:])
+    return b"".join(parts)
