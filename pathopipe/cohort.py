@@ -90,7 +90,7 @@ def read_manifest(path: Path, *, allow_missing: bool = False) -> list[SlideRef]:
             )
         )
         numbers.append(number)
-    for first, second, text in _doubles([ref.slide_id for ref in refs]):
+    for first, second, text in _doubles([ref.slide_id for ref in refs], case_matters=False):
         problems.append(f"rows {numbers[first]} and {numbers[second]}: {text}; give every slide an id of its own")
     if problems:
         _refuse(path.name, problems)
@@ -110,14 +110,15 @@ def check_refs(refs: Sequence[SlideRef], *, where: str) -> None:
         where: What the message begins with: the folder or the table.
 
     Raises:
-        UsageError: Ids are unsafe or double, also but for case or for how accents are encoded; all are listed.
+        UsageError: Ids are unsafe or double, also but for how accents are encoded; all are listed. Names of files that
+            differ only in case are let pass: the file system that holds them tells them apart.
     """
     problems = []
     for ref in refs:
         problem = _id_problem(ref.slide_id)
         if problem:
             problems.append(f"{ref.path.name}: {problem}")
-    for first, second, text in _doubles([ref.slide_id for ref in refs]):
+    for first, second, text in _doubles([ref.slide_id for ref in refs], case_matters=True):
         files = f"{refs[first].path} and {refs[second].path}"
         problems.append(f"{files}: {text}; rename one, or give a manifest with an id for each")
     if problems:
@@ -185,14 +186,15 @@ def _id_fault(slide_id: str) -> str | None:
     return None
 
 
-def _doubles(slide_ids: Iterable[str]) -> Iterator[tuple[int, int, str]]:
+def _doubles(slide_ids: Iterable[str], *, case_matters: bool) -> Iterator[tuple[int, int, str]]:
     """Pairs of places whose ids some file system can't tell apart, and how they relate."""
     seen: dict[str, tuple[int, str]] = {}
     for index, slide_id in enumerate(slide_ids):
         if not slide_id.strip():
             continue
         composed = unicodedata.normalize("NFC", slide_id)
-        first, other = seen.setdefault(unicodedata.normalize("NFC", composed.casefold()), (index, slide_id))
+        key = composed if case_matters else unicodedata.normalize("NFC", composed.casefold())
+        first, other = seen.setdefault(key, (index, slide_id))
         if first == index:
             continue
         if other == slide_id:

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, synced, then renamed."""
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -9,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pathopipe.errors import PathopipeError, StoreWriteError
+from pathopipe.errors import StoreWriteError
 
-__all__ = ["durable_file", "explain_write_failure", "remove_leftovers"]
+__all__ = ["durable_file", "remove_leftovers"]
 
 _SUFFIX = ".partial"
 _FORGOTTEN_AFTER_S = 24 * 3600
+_OUTPUT_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @contextlib.contextmanager
@@ -27,29 +29,33 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         StoreWriteError: The disk is full, or the folder can't be written. The temporary file is gone.
     """
+    # Host and process stand in the name, so that a later run knows whose leftover it is.
+    owner = f"{socket.gethostname()}-{os.getpid()}"
+    temporary = path.parent / f".{path.name[:100]}.{owner}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
     try:
         _make_folder(path.parent)
-        # Host and process stand in the name, so that a later run knows whose leftover it is.
-        owner = f"{socket.gethostname()}-{os.getpid()}"
-        temporary = path.parent / f".{path.name[:100]}.{owner}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        file = temporary.open("wb")
     except OSError as error:
-        if isinstance(error, PathopipeError):
-            raise
-        raise explain_write_failure(path, error) from error
+        raise _explain(path, error) from error
+    filled = False
+    try:
+        with file:
+            yield file
+            filled = True
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # Whoever fills the file may fail with an OSError of another file; a full disk is always ours.
+        if isinstance(error, OSError) and (filled or error.errno in _OUTPUT_FAILED):
+            raise _explain(path, error) from error
+        raise
+    _sync_folder(path.parent)
 
 
-def explain_write_failure(path: Path, error: OSError) -> StoreWriteError:
-    """The error for an output that can't be written, with the way out."""
+def _explain(path: Path, error: OSError) -> StoreWriteError:
     reason = error.strerror or str(error)
     return StoreWriteError(
         f"{path}: can't be written ({reason}); what was finished before is kept: "

@@ -592,28 +592,25 @@ def write_features(path: Path, features: Iterable[Feature | FeatureBatch | None]
     n_dropped = n_polygons = n_bytes = 0
     # Level 5 makes smaller files of these texts than 6, in half the time; zlib writes no date and no name.
     compressor = zlib.compressobj(5, zlib.DEFLATED, 31) if lowered.endswith(".gz") else None
-    try:
-        with durable_file(path) as file:
+    with durable_file(path) as file:
 
-            def write(text: str) -> int:
-                data = text.encode("utf-8")
-                file.write(compressor.compress(data) if compressor else data)
-                return len(data)
+        def write(text: str) -> int:
+            data = text.encode("utf-8")
+            file.write(compressor.compress(data) if compressor else data)
+            return len(data)
 
-            n_bytes += write('{"type":"FeatureCollection","features":[')
-            for encoded in _encode_all(_guarded(features), path):
-                n_dropped += encoded.n_dropped
-                n_polygons += encoded.n_polygons
-                if encoded.lines:
-                    n_bytes += write((",\n" if numbers else "\n") + ",\n".join(encoded.lines))
-                    ids += bytes.fromhex("".join(encoded.ids).replace("-", ""))
-                    numbers.extend(encoded.numbers)
-            _check_unique(ids, numbers, path)
-            n_bytes += write("\n]}\n")
-            if compressor:
-                file.write(compressor.flush())
-    except _ForeignError as foreign:
-        raise foreign.error from None
+        n_bytes += write('{"type":"FeatureCollection","features":[')
+        for encoded in _encode_all(features, path):
+            n_dropped += encoded.n_dropped
+            n_polygons += encoded.n_polygons
+            if encoded.lines:
+                n_bytes += write((",\n" if numbers else "\n") + ",\n".join(encoded.lines))
+                ids += bytes.fromhex("".join(encoded.ids).replace("-", ""))
+                numbers.extend(encoded.numbers)
+        _check_unique(ids, numbers, path)
+        n_bytes += write("\n]}\n")
+        if compressor:
+            file.write(compressor.flush())
     if n_polygons > _MANY_POLYGONS or n_bytes > _MANY_BYTES:
         logger.warning(
             "%s: %d polygons, %d MB uncompressed; QuPath needs about 14 times that in memory, so split the layer "
@@ -623,21 +620,6 @@ def write_features(path: Path, features: Iterable[Feature | FeatureBatch | None]
             n_bytes // 1_000_000,
         )
     return WriteReport(len(numbers), n_dropped)
-
-
-class _ForeignError(Exception):
-    """Carries an OSError of whoever makes the features past the file, which would take it for one of its own."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__()
-        self.error = error
-
-
-def _guarded(features: Iterable[Feature | FeatureBatch | None]) -> Iterator[Feature | FeatureBatch | None]:
-    try:
-        yield from features
-    except OSError as error:
-        raise _ForeignError(error) from None
 
 
 class _Encoded(NamedTuple):

@@ -374,6 +374,9 @@ def test_ids_that_some_file_system_confuses(folder: Path, one: str, other: str, 
     assert said.startswith("cohort.csv rows 2 and 4: ")
     assert says in said
     refs = [SlideRef(one, folder / "a.svs"), SlideRef("x", folder / "b.svs"), SlideRef(other, folder / "c.svs")]
+    if "case" in says:  # files that exist under both names
+        check_refs(refs, where="the folder")
+        return
     with pytest.raises(UsageError, match=says) as caught:
         check_refs(refs, where="the folder")
     assert str(caught.value).startswith("the folder: ")

@@ -1,5 +1,6 @@
 """``pathopipe run``: slides, folders or a manifest through all stages."""
 
+import unicodedata
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -118,7 +119,7 @@ def gather(paths: Sequence[Path], *, allow_missing: bool) -> list["SlideRef"]:
                 raise UsageError(f"{path}: no slide in this folder; give a slide file, or a manifest that names them")
             refs += found
         elif path.exists() or allow_missing:
-            refs.append(SlideRef(path.stem, path))
+            refs.append(SlideRef(unicodedata.normalize("NFC", path.stem), path))
         else:
             raise UsageError(f"{path}: no such file; check the path, or use --allow-missing to record it as failed")
     check_refs(refs, where=", ".join(map(str, paths)))

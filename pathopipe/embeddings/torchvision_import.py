@@ -34,9 +34,9 @@ def import_torchvision() -> None:
             raise
     for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[module]
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
         with contextlib.suppress(RuntimeError):  # declared by the half-loaded module already
-            library.define(schema)
+            library.define(schema)  # type: ignore[no-untyped-call]
     _declared.append(library)  # a library that is collected takes its schemas with it
     importlib.import_module("torchvision")

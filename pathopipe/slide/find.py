@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 from pathopipe.errors import SlideOpenError
@@ -44,7 +45,7 @@ def find_slides(folder: Path) -> list[SlideRef]:
         headers = _dicom_headers(files)
         found += _series(Path(here), headers)
         found += [
-            SlideRef(file.stem, file)
+            SlideRef(unicodedata.normalize("NFC", file.stem), file)
             for file in files
             if file not in headers and file.suffix.lower() in _SUFFIXES and not _SIDE_IMAGE_NAME.search(file.stem)
         ]
@@ -101,5 +102,5 @@ def _series(folder: Path, headers: dict[Path, DicomHeader]) -> list[SlideRef]:
             name = files[0].stem
         else:
             name = folder.resolve().name + (f"-{uid.rpartition('.')[2]}" if several else "")
-        refs.append(SlideRef(name, files[0]))
+        refs.append(SlideRef(unicodedata.normalize("NFC", name), files[0]))
     return refs

@@ -1,4 +1,4 @@
-"""Plain PNG and JPEG images as slides of one level held in memory."""
+"""Plain PNG and JPEG images, held in memory, and NumPy files, mapped, as slides of one level."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from PIL import Image
 from pathopipe.errors import SlideOpenError
 from pathopipe.slide.array import ArraySlide
 
-__all__ = ["open_image", "plain_image_kind"]
+__all__ = ["is_npy", "open_image", "open_npy", "plain_image_kind"]
 
 _KINDS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
 _MAX_PX = 80_000_000
@@ -49,3 +49,24 @@ def open_image(path: Path, *, slide_id: str, mpp: float | None, mpp_source: str)
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     pixels = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
     return ArraySlide(pixels, mpp=mpp, slide_id=slide_id, path=path, mpp_source=mpp_source)
+
+
+def is_npy(head: bytes) -> bool:
+    """Whether a file that begins so is a NumPy array."""
+    return head.startswith(b"\x93NUMPY")
+
+
+def open_npy(path: Path, *, slide_id: str, mpp: float | None, mpp_source: str) -> ArraySlide:
+    """Open a ``.npy`` file of (height, width, 3) uint8 RGB without reading it into memory.
+
+    Raises:
+        SlideOpenError: The array is of another shape or type, or the file is cut short.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return ArraySlide(array, mpp=mpp, slide_id=slide_id, path=path, mpp_source=mpp_source)
+    except (OSError, ValueError) as error:
+        raise SlideOpenError(
+            f"{path.name}: not a NumPy file of (height, width, 3) uint8 ({' '.join(str(error).split())})",
+            slide_id=slide_id,
+        ) from None

@@ -5,15 +5,15 @@ from pathlib import Path
 from pathopipe.errors import SlideOpenError
 from pathopipe.slide.base import Slide
 from pathopipe.slide.dicom import false_colours, series_files
-from pathopipe.slide.find import find_slides, only_series
+from pathopipe.slide.find import only_series
 from pathopipe.slide.fingerprint import fingerprint_files
-from pathopipe.slide.image import open_image, plain_image_kind
+from pathopipe.slide.image import is_npy, open_image, open_npy, plain_image_kind
 from pathopipe.slide.native import with_native_tiles
 from pathopipe.slide.openslide import OpenSlideReader, detect_vendor
-from pathopipe.slide.resolution import check_override, require_mpp
+from pathopipe.slide.resolution import check_override
 from pathopipe.slide.tiff import TiffReader, is_ome_tiff, is_tiff
 
-__all__ = ["find_slides", "open_slide", "require_mpp"]
+__all__ = ["open_slide"]
 
 
 def open_slide(
@@ -23,7 +23,7 @@ def open_slide(
 
     Args:
         path: A slide file, any file of a DICOM series, or a folder that holds one DICOM series. A plain PNG or JPEG
-            serves as a slide if ``mpp`` is given.
+            serves as a slide if ``mpp`` is given, and so does a .npy file of (height, width, 3) uint8.
         slide_id: Name of the slide; the file's stem when left out.
         mpp: Micrometres per level-0 pixel; overrides what the file states, which stays recorded.
         mpp_source: Where ``mpp`` comes from, ``manifest`` or ``config``.
@@ -65,6 +65,8 @@ def _open_without_openslide(path: Path, head: bytes, slide_id: str, mpp: float |
         return TiffReader(path, slide_id=slide_id, files=fingerprint_files([path]), mpp=mpp, mpp_source=mpp_source)
     if plain_image_kind(head) is not None:
         return open_image(path, slide_id=slide_id, mpp=mpp, mpp_source=mpp_source)
+    if is_npy(head):
+        return open_npy(path, slide_id=slide_id, mpp=mpp, mpp_source=mpp_source)
     raise SlideOpenError(
         f"{path.name}: not a slide that can be read (its first bytes are {head[:8].hex(' ')}); "
         "give a format that OpenSlide knows, an OME-TIFF or a tiled TIFF",

@@ -12,7 +12,8 @@ from slide_files import picture, pyramid, write_dicom, write_ome, write_svs, wri
 
 from pathopipe.errors import MissingResolutionError, SlideOpenError, TileReadError
 from pathopipe.geometry import Region
-from pathopipe.slide.open import open_slide, require_mpp
+from pathopipe.slide.open import open_slide
+from pathopipe.slide.resolution import require_mpp
 
 
 def refusal(path: Path, **options: Any) -> str:
@@ -254,3 +255,19 @@ def test_reads_of_every_reader_agree_on_the_outside(tmp_path: Path) -> None:
     for slide in slides:
         for x, y in ((-50, 0), (300, 0), (0, 280), (-9999, -9999)):
             assert (slide.read(Region(x, y, 0, 50, 40)) == 255).all() == (x != 0 or y != 0)
+
+
+def test_a_numpy_file_is_a_slide(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    np.save(tmp_path / "array.npy", pixels)
+    slide = open_slide(tmp_path / "array.npy", mpp=0.5)
+    assert np.array_equal(slide.read(Region(10, 5, 0, 20, 30)), pixels[5:35, 10:30])
+    assert slide.info.mpp == (0.5, 0.5)
+    assert open_slide(tmp_path / "array.npy").info.mpp is None
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 3)), np.array([{}])])
+def test_a_numpy_file_of_another_kind_is_refused(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "array.npy", array, allow_pickle=True)
+    with pytest.raises(SlideOpenError, match=r"array.npy: not a NumPy file of \(height, width, 3\) uint8"):
+        open_slide(tmp_path / "array.npy", mpp=0.5)
