@@ -28,7 +28,8 @@ class TissueConfig(_Section):
     """How tissue is found."""
 
     mpp: float = Field(default=8.0, ge=1, le=64)
-    """Resolution of the one coarse read, in micrometres per mask pixel."""
+    """Resolution of the one coarse read, in micrometres per mask pixel. Coarser on slides above 320 mm2 (at 8 um), so
+    that the read is never more than 5 megapixels."""
     mask: str | None = None
     """A mask to use instead of detection: GeoJSON or a label image; ``{slide_id}`` stands for the slide's id."""
     min_region_mm2: float = Field(default=0.01, ge=0)

@@ -27,6 +27,7 @@ from pathopipe.slide.open import open_slide
 from pathopipe.synth import DrawnSlide, SynthSpec
 from pathopipe.tissue import detect_tissue, find_tissue, given_tissue
 from pathopipe.tissue.assemble import tissue_from_mask
+from pathopipe.tissue.detect import overview_mpp
 from pathopipe.tissue.outline import rasterise, trace
 
 SLIDES = Path(__file__).parents[2] / "shared" / "data" / "slides"
@@ -577,3 +578,10 @@ def test_cover_slip_edges_and_bubbles_are_not_tissue() -> None:
     assert tissue.mask[:20].mean() < 0.01  # the upper edge, with ink on it
     assert tissue.mask[780:].mean() == 0  # air bubbles
     assert tissue.mask[220:330, 250:400].mean() > 0.99
+
+
+def test_the_coarse_read_is_bounded() -> None:
+    config = TissueConfig()
+    assert overview_mpp((10_000, 8_000), (0.25, 0.5), config) == 8.0
+    mpp = overview_mpp((200_000, 100_000), (0.25, 0.25), config)
+    assert 200_000 * 0.25 / mpp * 100_000 * 0.25 / mpp == pytest.approx(5_000_000)

@@ -17,7 +17,10 @@ from pathopipe.tissue.darkfield import find_glowing, is_dark_field
 from pathopipe.tissue.focus import is_blurred
 from pathopipe.tissue.given import given_tissue
 
-__all__ = ["detect_tissue", "find_tissue"]
+__all__ = ["detect_tissue", "find_tissue", "overview_mpp"]
+
+# Detection holds some 65 bytes a pixel; without a limit the memory of a run would grow with the slide.
+_MOST_OVERVIEW_PX = 5_000_000
 
 
 def find_tissue(slide: Slide, config: TissueConfig) -> Tissue:
@@ -35,11 +38,17 @@ def find_tissue(slide: Slide, config: TissueConfig) -> Tissue:
         )
     if config.mask is not None:
         return given_tissue(Path(config.mask.replace("{slide_id}", info.slide_id)), info, config)
-    overview = read_overview(slide, config.mpp)
+    overview = read_overview(slide, overview_mpp(info.dims_l0, info.mpp, config))
     tissue = detect_tissue(overview, dims_l0=info.dims_l0, mpp_l0=info.mpp, config=config)
     if tissue.method == "brightfield" and is_blurred(slide, tissue.mask):
         tissue = dataclasses.replace(tissue, flags=tuple(sorted((*tissue.flags, "blur"))))
     return tissue
+
+
+def overview_mpp(dims_l0: tuple[int, int], mpp_l0: tuple[float, float], config: TissueConfig) -> float:
+    """Resolution of the coarse read: ``tissue.mpp``, or coarser where that would make too large a picture."""
+    area_um2 = dims_l0[0] * mpp_l0[0] * dims_l0[1] * mpp_l0[1]
+    return max(config.mpp, (area_um2 / _MOST_OVERVIEW_PX) ** 0.5)
 
 
 def detect_tissue(
