@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +188,35 @@ def _local_client(workers: int) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
-    # Dask's own memory limits would pause or kill a worker for pages that the file cache holds.
-    with (
-        dask.config.set({"distributed.worker.daemon": True, "distributed.comm.timeouts.connect": "60s"}),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,
-            dashboard_address=None,
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    quiet = {"distributed.comm.timeouts.connect": "60s", "logging.distributed": "critical"}
+    with dask.config.set(quiet), contextlib.ExitStack() as stack:
+        with _keyboard_interrupt_held_back():
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit=0,  # Dask's own limits would pause or kill a worker for pages that the file cache holds
+                dashboard_address=":0",
+                silence_logs=logging.CRITICAL,
+            )
+            stack.enter_context(cluster)
+        yield stack.enter_context(Client(cluster))
+
+
+@contextlib.contextmanager
+def _keyboard_interrupt_held_back() -> Iterator[None]:
+    """Hold SIGINT back while workers are started.
+
+    A terminal sends Ctrl-C to the workers as well, and each would answer with a traceback. They inherit the mask of the
+    thread that starts them, so it stays with them; this process gets its interrupt when the mask is lifted.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Starting it lifts the mask of the thread that starts it, which would be the one that starts the first worker.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

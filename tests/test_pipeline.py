@@ -393,5 +393,26 @@ def test_an_interrupt_exits_130_with_a_sound_store(
     assert arrays_of(tmp_path) == arrays_of(undisturbed)
 
 
+def test_ctrl_c_on_a_terminal_is_one_line_though_the_workers_get_it_too(drawn_slide: Path, tmp_path: Path) -> None:
+    settings = ["--workers", "2", "--set", "embed.chunk_rows=16", "--set", "embed.batch_size=1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pathopipe", "run", str(drawn_slide), "--out", str(tmp_path), *settings],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "slides").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert told.splitlines() == [
+        "pathopipe: interrupted; what was finished is kept, the same command goes on from there"
+    ]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_the_default_plan_is_the_default_config(tmp_path: Path) -> None:
     assert RunPlan(out=tmp_path).config == Config()

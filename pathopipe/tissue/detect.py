@@ -1,6 +1,7 @@
 """Tissue of a slide: one coarse picture in, mask, polygons and flags out."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def find_tissue(slide: Slide, config: TissueConfig) -> Tissue:
 def overview_mpp(dims_l0: tuple[int, int], mpp_l0: tuple[float, float], config: TissueConfig) -> float:
     """Resolution of the coarse read: ``tissue.mpp``, or coarser where that would make too large a picture."""
     area_um2 = dims_l0[0] * mpp_l0[0] * dims_l0[1] * mpp_l0[1]
-    return max(config.mpp, (area_um2 / _MOST_OVERVIEW_PX) ** 0.5)
+    return max(config.mpp, math.sqrt(area_um2 / _MOST_OVERVIEW_PX))
 
 
 def detect_tissue(
