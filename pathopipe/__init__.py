@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathopipe.slide.find import find_slides
     from pathopipe.slide.open import open_slide
     from pathopipe.store import SlideStore
+    from pathopipe.tiles.lazy import as_dask_array
 
 __all__ = [
     "ArraySlide",
@@ -24,6 +25,7 @@ __all__ = [
     "RunPlan",
     "SlideRef",
     "SlideStore",
+    "as_dask_array",
     "find_slides",
     "load_config",
     "open_slide",
@@ -40,6 +42,7 @@ _HOMES = {
     "RunPlan": "pathopipe.pipeline",
     "SlideRef": "pathopipe.records",
     "SlideStore": "pathopipe.store",
+    "as_dask_array": "pathopipe.tiles.lazy",
     "find_slides": "pathopipe.slide.find",
     "load_config": "pathopipe.config",
     "open_slide": "pathopipe.slide.open",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pathopipe.embeddings.embed import EmbedReport
-from pathopipe.errors import PathopipeError, StoreWriteError
+from pathopipe.errors import PathopipeError, StoreWriteError, UsageError
 from pathopipe.files import durable_file
 from pathopipe.pipeline import Prepared, RunPlan, SlideOutcome, embed_pending, finish_slide, prepare_slide, run_slide
 from pathopipe.records import SlideRef
@@ -36,12 +36,22 @@ def check_writable(out: Path) -> None:
     """Make sure that the output folder takes files.
 
     Raises:
+        UsageError: It is a file.
         StoreWriteError: It does not: no permission, read-only, or full.
     """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: this is a file; name a folder")
     probe = out / ".write-test"
-    with durable_file(probe) as file:
-        file.write(bytes(64 * 1024))
-    probe.unlink()
+    try:
+        with durable_file(probe) as file:
+            file.write(bytes(64 * 1024))
+        probe.unlink()
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise StoreWriteError(
+            f"{out}: the output folder can't be written ({cause.strerror}); what was finished before is kept: "
+            "free space or choose another --out, then run the same command again"
+        ) from None
 
 
 def run_cohort(
@@ -93,8 +103,7 @@ class _Progress:
     started: float = field(default_factory=time.perf_counter)
     prepared: Prepared | None = None
     out: int = 0
-    tiles: int = 0
-    report: EmbedReport = field(default_factory=EmbedReport)
+    reports: dict[str, EmbedReport] = field(default_factory=dict)
     error: Exception | None = None
 
 
@@ -109,22 +118,25 @@ def _run_on_workers(
         waiting = list(refs)
         futures = as_completed(with_results=False)
 
-        def submit(slide_id: str, work: Callable[..., Any], *arguments: Any, priority: int) -> None:
+        def submit(
+            slide_id: str, encoder: str | None, work: Callable[..., Any], *arguments: Any, priority: int
+        ) -> None:
             future = client.submit(_attempt, work, *arguments, pure=False, priority=priority)
             futures.add(future)
-            owner[future.key] = slide_id
+            owner[future.key] = (slide_id, encoder)
 
         def prepare_next() -> None:
             if waiting:
                 ref = waiting.pop(0)
                 progress[ref.slide_id].started = time.perf_counter()
-                submit(ref.slide_id, prepare_slide, ref, plan, priority=0)
+                submit(ref.slide_id, None, prepare_slide, ref, plan, priority=0)
 
-        owner: dict[Any, str] = {}
+        owner: dict[Any, tuple[str, str | None]] = {}
         for _ in range(workers + 1):
             prepare_next()
         for future in futures:
-            slide = progress[owner.pop(future.key)]
+            slide_id, encoder = owner.pop(future.key)
+            slide = progress[slide_id]
             lost = future.exception()  # the worker died again and again
             result = lost if lost is not None else future.result()
             future.release()
@@ -132,14 +144,15 @@ def _run_on_workers(
                 slide.error = slide.error or result
             if isinstance(result, Prepared):
                 slide.prepared = result
-                for encoder, run in _chunk_runs(result, workers):
+                for name, run in _chunk_runs(result, workers):
                     slide.out += 1
-                    submit(slide.ref.slide_id, embed_pending, slide.ref, plan, encoder, run, priority=1)
-            elif slide.prepared is not None:
+                    submit(slide_id, name, embed_pending, slide.ref, plan, name, run, priority=1)
+            elif encoder is not None and slide.prepared is not None:
                 slide.out -= 1
                 if isinstance(result, EmbedReport):
-                    slide.report.add(result)
-                    on_tiles(slide.ref.slide_id, slide.report.tiles, slide.prepared.n_tiles)
+                    report = slide.reports.setdefault(encoder, EmbedReport())
+                    report.add(result)
+                    on_tiles(slide_id, report.tiles, slide.prepared.n_tiles)
             if slide.out == 0:
                 prepare_next()
                 yield _close(slide, plan)
@@ -159,7 +172,7 @@ def _close(slide: _Progress, plan: RunPlan) -> SlideOutcome:
         if slide.error is not None:
             raise slide.error
         assert slide.prepared is not None
-        return replace(finish_slide(slide.prepared, plan, slide.report), seconds=seconds)
+        return replace(finish_slide(slide.prepared, plan, slide.reports), seconds=seconds)
     except Exception as error:
         return _failed(slide.ref, plan, error, seconds)
 

@@ -55,6 +55,9 @@ class TilesConfig(_Section):
     """Tiles that reach beyond the slide: ``pad`` fills them up with white, ``drop`` leaves them out."""
     allow_enlarge: bool = False
     """Allow tiles finer than the slide was scanned; refused otherwise."""
+    resample: Literal["auto", "area"] = "auto"
+    """How tiles are made from pixels 2, 4 or 8 times finer: ``auto`` decodes JPEG blocks at reduced size where it can,
+    which is quickest; ``area`` always decodes them whole and averages."""
 
     @model_validator(mode="after")
     def _overlap_is_less_than_a_tile(self) -> Self:
@@ -66,7 +69,7 @@ class TilesConfig(_Section):
 class EmbedConfig(_Section):
     """How tiles become embeddings."""
 
-    encoder: tuple[str, ...] = ("handcrafted",)
+    encoder: tuple[str, ...] = Field(default=("handcrafted",), min_length=1)
     """Encoders to run: ``handcrafted`` or ``timm.<architecture>``."""
     weights: Path | None = None
     """Weights file for a ``timm.`` encoder (.safetensors, or .pt read with weights_only); random weights without."""
@@ -77,7 +80,8 @@ class EmbedConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks run."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of networks; ``auto`` is fp32 on a CPU and bf16 autocast on a GPU that has it."""
+    """Arithmetic of networks; ``bf16`` and ``fp16`` are autocast. ``auto`` is bf16 weights on a CPU that has bf16
+    arithmetic (fp32 if they don't agree with it), fp32 on other CPUs, and bf16 autocast on a GPU that has it."""
     read_threads: int | None = Field(default=None, ge=1, le=256)
     """Threads that read tiles; the number of usable cores when left out."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

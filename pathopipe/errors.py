@@ -63,7 +63,7 @@ class StoreWriteError(StoreError, OSError):
     """The output can't be written: disk full, no permission."""
 
 
-class EncoderError(PathopipeError):
+class EncoderError(UsageError):
     """An encoder can't be built, or its weights don't fit."""
 
 

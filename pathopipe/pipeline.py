@@ -23,7 +23,7 @@ from pathopipe.slide.open import open_slide
 from pathopipe.slide.overview import read_overview
 from pathopipe.slide.resolution import require_mpp
 from pathopipe.store import EmbeddingArray, SlideStore, digest, store_path
-from pathopipe.tiles.grid import GRID_VERSION, grid_name, plan_grid
+from pathopipe.tiles.grid import GRID_VERSION, check_fit, grid_name, plan_grid
 from pathopipe.tissue import TISSUE_VERSION, find_tissue
 
 __all__ = [
@@ -70,9 +70,10 @@ class Prepared:
     n_tiles: int
     pending: Mapping[str, tuple[int, ...]]
     """Chunks to compute, by encoder."""
-    chunk_rows: int
     did: tuple[str, ...]
     """Stages that were computed now, not found in the store."""
+    seconds: float
+    """How long the small stages took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ class SlideOutcome:
     did: tuple[str, ...] = ()
     """What was computed now; the rest was in the store."""
     seconds: float = 0.0
+    prepare_s: float = 0.0
+    """Seconds of what comes before embedding: opening, tissue, tiles, pictures."""
     report: EmbedReport = field(default_factory=EmbedReport)
 
 
@@ -104,8 +107,11 @@ def thumbnail_path(out: Path, slide_id: str) -> Path:
     return out / "thumbnails" / f"{slide_id}.png"
 
 
-def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> None:
+def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> list[str]:
     """Find what is wrong with a plan before any slide is touched; builds its encoders.
+
+    Returns:
+        What the user should know before it starts, such as random weights.
 
     Raises:
         UsageError: No such encoder, architecture or device, or a slide's given mask is missing.
@@ -113,8 +119,9 @@ def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> None:
     """
     for ref in refs:
         _given_mask(ref.slide_id, plan.config)
-    for name in plan.config.embed.encoder:
-        _encoder(name, plan, (plan.config.tiles.mpp, plan.config.tiles.mpp))
+    tile_mpp = (plan.config.tiles.mpp, plan.config.tiles.mpp)
+    encoders = {name: _encoder(name, plan, tile_mpp) for name in plan.config.embed.encoder}
+    return [f"{name}: {encoder.about['warning']}" for name, encoder in encoders.items() if encoder.about.get("warning")]
 
 
 def run_slide(
@@ -132,7 +139,7 @@ def run_slide(
     """
     started = time.perf_counter()
     prepared = prepare_slide(ref, plan)
-    report = EmbedReport()
+    reports: dict[str, EmbedReport] = {}
     for encoder, chunks in prepared.pending.items():
         done = 0
 
@@ -141,44 +148,50 @@ def run_slide(
             done += n_tiles
             on_tiles(ref.slide_id, done, prepared.n_tiles)
 
-        report.add(embed_pending(ref, plan, encoder, chunks, count))
-    return replace(finish_slide(prepared, plan, report), seconds=time.perf_counter() - started)
+        reports[encoder] = embed_pending(ref, plan, encoder, chunks, count)
+    return replace(finish_slide(prepared, plan, reports), seconds=time.perf_counter() - started)
 
 
 def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
     """Tissue and tiles of a slide, and the list of chunks that are still to be embedded."""
+    started = time.perf_counter()
     with _opened(ref, plan.config) as slide:
-        store = SlideStore(store_path(plan.out, ref.slide_id))
-        grid_id = grid_name(plan.config.tiles)
-        if plan.fresh is not None:
-            store.clear_stage(plan.fresh, grid=grid_id, encoders=plan.config.embed.encoder)
-        created_by = f"pathopipe {pathopipe.__version__}"
-        store = SlideStore.create_or_open(store.path, slide.info, created_by=created_by)
+        store, fresh = SlideStore(store_path(plan.out, ref.slide_id)), plan.fresh
+        if plan.retry_bad and store.inputs("tissue") and store.read_tissue().unreadable_share > 0:
+            fresh = "tissue"  # it was looked for on a damaged picture
+        if "tiles" in plan.stages:
+            check_fit(slide.info, require_mpp(slide.info), plan.config.tiles)
+        # Nothing is forgotten before what takes its place can be had.
+        found = find_tissue(slide, plan.config.tissue) if fresh == "tissue" else None
+        if found is not None:
+            store.clear_stage("tissue")
+        store = SlideStore.create_or_open(store.path, slide.info, created_by=f"pathopipe {pathopipe.__version__}")
         store.remove_leftovers()
         did = []
         tissue, grid = None, None
         if "tissue" in plan.stages:
-            tissue, computed = _tissue_stage(slide, store, plan.config)
+            tissue, computed = _tissue_stage(slide, store, plan.config, found)
             did += ["tissue"] * computed
         if "tiles" in plan.stages:
-            grid, computed = _tiles_stage(slide, store, plan.config)
+            grid, computed = _tiles_stage(slide, store, plan.config, again=fresh == "tiles")
             did += ["tiles"] * computed
         if tissue is not None or grid is not None:
             _write_pictures(slide, store, plan, tissue, grid, again=bool(did))
         pending: dict[str, tuple[int, ...]] = {}
-        chunk_rows = 0
         if "embed" in plan.stages:
             grid = grid if grid is not None else _known_grid(store, plan.config)
+            if fresh == "embed":
+                store.clear_stage("embed", grid=grid.name, encoders=plan.config.embed.encoder)
             for encoder in plan.config.embed.encoder:
                 rows = _embedding_array(slide, store, grid, encoder, plan)
                 todo = set(range(rows.n_chunks)) - set(rows.done_chunks())
                 if plan.retry_bad:
                     todo |= set(rows.bad_chunks())
                 pending[encoder] = tuple(sorted(todo))
-                chunk_rows = rows.chunk_rows
                 if todo or not rows.attributes.get("complete"):
                     did.append(encoder)
-        return Prepared(ref, len(grid) if grid is not None else 0, pending, chunk_rows, tuple(did))
+        n_tiles = len(grid) if grid is not None else 0
+        return Prepared(ref, n_tiles, pending, tuple(did), time.perf_counter() - started)
 
 
 def embed_pending(
@@ -208,8 +221,13 @@ def embed_pending(
         )
 
 
-def finish_slide(prepared: Prepared, plan: RunPlan, report: EmbedReport) -> SlideOutcome:
+def finish_slide(prepared: Prepared, plan: RunPlan, reports: Mapping[str, EmbedReport]) -> SlideOutcome:
     """Close the stages of a slide and say how it went.
+
+    Args:
+        prepared: The slide.
+        plan: What was to be done.
+        reports: What embedding did, by encoder.
 
     Raises:
         TooManyBadTilesError: More tiles were quarantined than ``embed.max_bad_share`` allows.
@@ -217,14 +235,17 @@ def finish_slide(prepared: Prepared, plan: RunPlan, report: EmbedReport) -> Slid
     slide_id = prepared.ref.slide_id
     store = SlideStore.open(store_path(plan.out, slide_id))
     bad_tiles = 0
+    whole = EmbedReport()
     for encoder in prepared.pending:
+        report = reports.get(encoder, EmbedReport())
+        whole.add(report)
         rows = store.embeddings(grid_name(plan.config.tiles), encoder)
         bad = int(np.count_nonzero(rows.read_status() != STATUS_OK))
         bad_tiles = max(bad_tiles, bad)
         if encoder in prepared.did:
-            rows.finish(bad_tiles=bad, seconds=report.seconds())
+            rows.finish(bad_tiles=bad, seconds=report.seconds(), limited_by=report.limited_by())
     if bad_tiles > plan.config.embed.max_bad_share * prepared.n_tiles:
-        first = f"; the first: {report.faults[0]}" if report.faults else ""
+        first = f"; the first: {whole.faults[0]}" if whole.faults else ""
         raise TooManyBadTilesError(
             f"{slide_id}: {bad_tiles} of {prepared.n_tiles} tiles are bad, more than embed.max_bad_share="
             f"{plan.config.embed.max_bad_share:g}; the good ones are kept; mend the file and use --retry-bad{first}",
@@ -232,6 +253,13 @@ def finish_slide(prepared: Prepared, plan: RunPlan, report: EmbedReport) -> Slid
         )
     slide = store.slide
     tissue = store.read_tissue() if store.inputs("tissue") is not None else None
+    unreadable = tissue.unreadable_share if tissue is not None else 0.0
+    if unreadable > plan.config.embed.max_bad_share:
+        raise TooManyBadTilesError(
+            f"{slide_id}: {unreadable:.0%} of the slide's area can't be read, more than embed.max_bad_share="
+            f"{plan.config.embed.max_bad_share:g}; what could be read is kept; mend the file and use --retry-bad",
+            slide_id=slide_id,
+        )
     return SlideOutcome(
         slide_id=slide_id,
         status="done",
@@ -242,7 +270,8 @@ def finish_slide(prepared: Prepared, plan: RunPlan, report: EmbedReport) -> Slid
         flags=tissue.flags if tissue is not None else (),
         problems=tuple(slide["problems"]),
         did=prepared.did,
-        report=report,
+        prepare_s=prepared.seconds,
+        report=whole,
     )
 
 
@@ -279,25 +308,27 @@ def _tissue_inputs(slide: Slide, config: Config) -> dict[str, Any]:
     }
 
 
-def _tissue_stage(slide: Slide, store: SlideStore, config: Config) -> tuple[Tissue, bool]:
+def _tissue_stage(slide: Slide, store: SlideStore, config: Config, found: Tissue | None) -> tuple[Tissue, bool]:
     inputs = _tissue_inputs(slide, config)
     if store.require_inputs("tissue", "tissue", inputs):
         return store.read_tissue(), False
-    tissue = find_tissue(slide, config.tissue)
+    tissue = found if found is not None else find_tissue(slide, config.tissue)
     store.write_tissue(tissue, inputs)
     return tissue, True
 
 
-def _tiles_stage(slide: Slide, store: SlideStore, config: Config) -> tuple[TileGrid, bool]:
+def _tiles_stage(slide: Slide, store: SlideStore, config: Config, *, again: bool) -> tuple[TileGrid, bool]:
     inputs = {
         "version": GRID_VERSION,
         "tissue": digest(_inputs_below(store, "tissue", "tissue")),
         "config": config.tiles.model_dump(mode="json"),
     }
     name = grid_name(config.tiles)
-    if store.require_inputs(f"tiles/{name}", "tiles", inputs):
+    if not again and store.require_inputs(f"tiles/{name}", "tiles", inputs):
         return store.read_grid(name), False
     grid = plan_grid(slide.info, require_mpp(slide.info), store.read_tissue(), config.tiles)
+    if again:
+        store.clear_stage("tiles", grid=name)
     store.write_grid(grid, inputs)
     return grid, True
 

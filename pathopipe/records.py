@@ -64,6 +64,8 @@ class Level:
     block_width_px: int | None = None
     """Width of the file's own compressed blocks, where known."""
     block_height_px: int | None = None
+    scales: tuple[int, ...] = ()
+    """By how much the reader can shrink these blocks while it decodes them: some of 2, 4, 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,10 @@ class Tissue:
     areas_mm2: tuple[float, ...]
     """Area of each polygon, holes taken out."""
     flags: tuple[str, ...] = ()
-    """Named problems: ``little-tissue``, ``no-tissue``, ``blur``, ``pen``, ``odd-colours``, ``dark-field``."""
+    """Named problems: ``little-tissue``, ``no-tissue``, ``blur``, ``pen``, ``odd-colours``, ``dark-field``,
+    ``unreadable``."""
+    unreadable_share: float = 0.0
+    """Share of the slide's area that could not be read when the tissue was looked for."""
     method: str = ""
     """How it was found: ``brightfield``, ``dark-field``, ``given``."""
 
@@ -128,7 +133,8 @@ class TileGrid:
     read_px: tuple[int, int]
     """Width and height of the region read at that level."""
     resample: str
-    """``none`` where the region is the tile, ``area`` where an area filter reduces it, ``enlarge`` where allowed."""
+    """``none`` where the region is the tile, ``area`` where an area filter reduces it, ``dct`` where its JPEG blocks
+    are decoded at reduced size, ``enlarge`` where allowed."""
     xy_l0: NDArray[np.int64]
     """(N, 2) top-left corners, x then y."""
     tissue_fraction: NDArray[np.float32]

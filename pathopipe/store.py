@@ -7,7 +7,7 @@ Small stages (tissue, tiles) are whole or absent: the attributes of their group 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -70,18 +70,19 @@ class _DurableStore(LocalStore):
 class SlideStore:
     """The results of one slide."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._zarr = _DurableStore(path)
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._zarr = _DurableStore(self.path)
 
     @classmethod
-    def open(cls, path: Path) -> "SlideStore":
+    def open(cls, path: Path | str) -> "SlideStore":
         """Open a store that exists.
 
         Raises:
             StoreError: There is none, it is not pathopipe's, or a newer release wrote it.
         """
         store = cls(path)
+        path = store.path
         about = store._attributes("").get("pathopipe")
         if about is None:
             what = (
@@ -111,11 +112,14 @@ class SlideStore:
             return store
         store = cls.open(path)
         known = store.slide
-        for key in ("fingerprint", "mpp"):
+        changes = (
+            ("fingerprint", "made from another file than the present one"),
+            ("mpp", f"made at {known['mpp']} um/px, the slide is now taken for {described['mpp']}"),
+        )
+        for key, change in changes:
             if known[key] != described[key]:
                 raise StoreChangedError(
-                    f"{path}: made from a slide with {key} {known[key]}, the present one has {described[key]}; "
-                    "start this slide anew with --fresh tissue, or choose another --out",
+                    f"{path}: {change}; start this slide anew with --fresh tissue, or choose another --out",
                     slide_id=info.slide_id,
                 )
         return store
@@ -165,6 +169,7 @@ class SlideStore:
                 "areas_mm2": tissue.areas_mm2,
                 "flags": tissue.flags,
                 "method": tissue.method,
+                "unreadable_share": tissue.unreadable_share,
                 "inputs": inputs,
             },
         )
@@ -184,6 +189,7 @@ class SlideStore:
             areas_mm2=tuple(attributes["areas_mm2"]),
             flags=tuple(attributes["flags"]),
             method=attributes["method"],
+            unreadable_share=attributes.get("unreadable_share", 0.0),
         )
 
     def write_grid(self, grid: TileGrid, inputs: Mapping[str, Any]) -> None:
@@ -288,27 +294,40 @@ class SlideStore:
 
     def problems(self) -> Iterator[Problem]:
         """Read every array and name what is missing, damaged or contradictory; nothing where all is sound."""
-        yield from self._unreadable_arrays()
         if self.inputs("tissue") is None:
-            yield Problem("tissue", "not finished")
-        if not self.grids():
-            yield Problem("tiles", "no finished grid")
-        for grid in self.grids():
-            for encoder in self.encoders(grid):
-                n_tiles = zarr.open_array(self._zarr, path=f"tiles/{grid}/xy_l0", mode="r").shape[0]
-                yield from self.embeddings(grid, encoder).problems(n_tiles)
+            yield Problem("tissue", "not finished; 'pathopipe run' computes it")
+        else:
+            yield from self._damaged(f"tissue/{name}" for name in ("mask", *Ragged._fields))
+        grids = self._children("tiles")
+        if not grids:
+            yield Problem("tiles", "none; 'pathopipe run' computes them")
+        for grid in grids:
+            if self.inputs(f"tiles/{grid}") is None:
+                yield Problem(f"tiles/{grid}", "not finished; 'pathopipe run' computes it")
+                continue
+            damaged = list(self._damaged(f"tiles/{grid}/{name}" for name in ("xy_l0", "tissue_fraction")))
+            yield from damaged
+            encoders = self._children(f"embeddings/{grid}")
+            if not encoders:
+                yield Problem(f"embeddings/{grid}", "none; 'pathopipe run' computes them")
+            for encoder in encoders:
+                yield from self._embedding_problems(grid, encoder, None if damaged else len(self.read_grid(grid)))
 
-    def _unreadable_arrays(self) -> Iterator[Problem]:
-        for metadata in sorted(self.path.rglob("zarr.json")):
-            where = metadata.parent.relative_to(self.path).as_posix()
-            try:
-                if json.loads(metadata.read_bytes())["node_type"] != "array":
-                    continue
-                array = zarr.open_array(self._zarr, path=where, mode="r")
-                for start in range(0, max(1, array.shape[0]), array.chunks[0]):
-                    array[start : start + array.chunks[0]]
-            except Exception as error:  # any failure to read is what is looked for
-                yield Problem(where, f"can't be read ({type(error).__name__}: {' '.join(str(error).split())})")
+    def _damaged(self, names: Iterable[str]) -> Iterator[Problem]:
+        for name in names:
+            problem = self._damage(name)
+            if problem is not None:
+                yield Problem(name, problem)
+
+    def _embedding_problems(self, grid: str, encoder: str, n_tiles: int | None) -> Iterator[Problem]:
+        group = f"embeddings/{grid}/{encoder}"
+        if self.inputs(group) is None:
+            yield Problem(group, "not finished; 'pathopipe run' computes it")
+            return
+        damaged = list(self._damaged(f"{group}/{name}" for name in ("values", "status")))
+        yield from damaged
+        if not damaged:
+            yield from self.embeddings(grid, encoder).problems(n_tiles)
 
     def _attributes(self, group: str) -> dict[str, Any]:
         try:
@@ -367,12 +386,35 @@ class SlideStore:
             chunks=chunks,
             dtype=array.dtype,
             compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            # A chunk of zeros must be there too: one that is missing is damage.
+            config={"write_empty_chunks": True},
         )
         if array.size:
             stored[...] = array
 
     def _read(self, name: str) -> NDArray[Any]:
+        problem = self._damage(name)
+        if problem is not None:
+            raise StoreError(f"{self.path.stem}: {name} {problem}", slide_id=self.path.stem)
         return np.asarray(zarr.open_array(self._zarr, path=name, mode="r")[...])
+
+    def _damage(self, name: str) -> str | None:
+        """What is wrong with an array, and what mends it; None where it can be read."""
+        stage = {"tissue": "tissue", "tiles": "tiles"}.get(name.partition("/")[0])
+        mend = f"compute it anew with --fresh {stage}" if stage else "compute the chunks concerned with --retry-bad"
+        try:
+            array = zarr.open_array(self._zarr, path=name, mode="r")
+            # Zarr reads a missing chunk as zeros.
+            if stage and array.size and array.nchunks_initialized != array.nchunks:
+                return f"lacks {array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks; {mend}"
+            for start in range(0, max(1, array.shape[0]), array.chunks[0]):
+                array[start : start + array.chunks[0]]
+        except FileNotFoundError:
+            return f"is missing; {mend if stage else 'compute it anew with --fresh embed'}"
+        except Exception as error:  # damage shows in a dozen ways
+            kind = "fails its checksum" if "checksum" in str(error) else f"can't be read ({type(error).__name__})"
+            return f"{kind}; {mend}"
+        return None
 
 
 class EmbeddingArray:
@@ -381,6 +423,9 @@ class EmbeddingArray:
     def __init__(self, store: SlideStore, group: str) -> None:
         self._group = group
         self._store = store
+        for name in ("values", "status"):
+            if not (store.path / group / name / "zarr.json").exists():
+                raise StoreError(f"{store.path.stem}: {group}/{name} is missing; compute it anew with --fresh embed")
         # Zarr keeps this setting in memory only: without it a chunk of nothing but NaN would never be there.
         with zarr.config.set({"array.write_empty_chunks": True}):
             self._values = zarr.open_array(store._zarr, path=f"{group}/values", mode="r+")
@@ -474,9 +519,9 @@ class EmbeddingArray:
             )
         self._store._write_attributes(self._group, {**self.attributes, **report, "complete": True})
 
-    def problems(self, rows_expected: int) -> Iterator[Problem]:
+    def problems(self, rows_expected: int | None) -> Iterator[Problem]:
         """What is missing or contradictory; unreadable chunks are found by :meth:`SlideStore.problems`."""
-        if self.rows != rows_expected:
+        if rows_expected is not None and self.rows != rows_expected:
             yield Problem(self._group, f"has {self.rows} rows for {rows_expected} tiles")
         missing = sorted(set(range(self.n_chunks)) - set(self.done_chunks()))
         if missing:
@@ -493,7 +538,10 @@ class EmbeddingArray:
                 finite = np.isfinite(np.asarray(self._values[rows])).all(axis=1)
                 ok = np.asarray(self._status[rows]) == 1
                 if (finite != ok).any():
-                    yield Problem(self._group, f"chunk {chunk}: status and values contradict each other; --fresh embed")
+                    yield Problem(
+                        self._group,
+                        f"chunk {chunk}: status and values contradict each other; compute it again with --retry-bad",
+                    )
 
 
 def _describe_slide(info: SlideInfo) -> dict[str, Any]:

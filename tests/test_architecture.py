@@ -29,9 +29,15 @@ HOMES = {
     "openslide": {"slide/openslide.py", "cli/doctor.py"},
     "zarr": {"store.py"},
     "timm": {"embeddings/encoder.py"},
-    "torch": {"embeddings/encoder.py", "embeddings/embed.py", "embeddings/torchvision_import.py", "cli/doctor.py"},
+    "torch": {
+        "embeddings/encoder.py",
+        "embeddings/embed.py",
+        "embeddings/precision.py",
+        "embeddings/torchvision_import.py",
+        "cli/doctor.py",
+    },
     "distributed": {"cluster.py"},
-    "dask": {"cluster.py"},
+    "dask": {"cluster.py", "tiles/lazy.py"},
 }
 
 

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from pathopipe import cluster, pipeline
 from pathopipe.cluster import run_cohort
 from pathopipe.config import Config, load_config
-from pathopipe.errors import StoreChangedError, StoreWriteError, TileReadError, TooManyBadTilesError
+from pathopipe.errors import (
+    PathopipeError,
+    SlideError,
+    StoreChangedError,
+    StoreWriteError,
+    TileReadError,
+    TooManyBadTilesError,
+)
 from pathopipe.geometry import Region
 from pathopipe.pipeline import RunPlan, outline_path, run_slide, thumbnail_path
 from pathopipe.records import SlideRef
@@ -146,7 +153,7 @@ def test_a_changed_tissue_alone_is_not_mixed_with_old_tiles(ref: SlideRef, tmp_p
 
 def test_another_resolution_is_refused(ref: SlideRef, tmp_path: Path) -> None:
     run_slide(ref, plan_of(tmp_path))
-    with pytest.raises(StoreChangedError, match="mpp"):
+    with pytest.raises(StoreChangedError, match=r"made at \[0.5, 0.5\] um/px, the slide is now taken for \[0.4, 0.4\]"):
         run_slide(replace(ref, mpp=0.4), plan_of(tmp_path))
 
 
@@ -191,13 +198,15 @@ def test_a_slide_without_tissue_is_a_result(tmp_path: Path) -> None:
 class Faulty:
     """A slide in which some tiles can't be read."""
 
-    def __init__(self, slide: Slide, is_bad: Callable[[Region], bool]) -> None:
+    def __init__(self, slide: Slide, is_bad: Callable[[Region], bool], *, tiles_only: bool = True) -> None:
         self._slide = slide
+        self._tiles_only = tiles_only
         self._is_bad = is_bad
         self.info = slide.info
 
     def read(self, region: Region) -> NDArray[np.uint8]:
-        if region.width_px == 256 and region.height_px == 256 and self._is_bad(region):
+        is_tile = region.width_px == 256 and region.height_px == 256
+        if (is_tile or not self._tiles_only) and self._is_bad(region):
             raise TileReadError(f"x {region.x_l0}: corrupt block")
         return self._slide.read(region)
 
@@ -245,6 +254,37 @@ def test_too_many_bad_tiles_fail_the_slide_and_keep_the_good(
     rows = SlideStore.open(store_path(tmp_path, "drawn")).embeddings(GRID, "handcrafted")
     assert np.isfinite(rows.read_values()[rows.read_status() == 1]).all()
     run_slide(ref, plan_of(tmp_path, "embed.max_bad_share=1"))
+
+
+def test_fresh_forgets_nothing_before_it_is_sure(undisturbed: Path, ref: SlideRef, tmp_path: Path) -> None:
+    run_slide(ref, plan_of(tmp_path))
+    with pytest.raises(StoreChangedError, match="--fresh tiles"):
+        run_slide(ref, plan_of(tmp_path, "tiles.min_tissue=0.9", fresh="embed"))
+    with pytest.raises(SlideError, match="coarser than tiles.mpp"):
+        run_slide(ref, plan_of(tmp_path, "tiles.mpp=0.1", fresh="tissue"))
+    (tmp_path / "mask.geojson").write_text("no mask")
+    with pytest.raises(PathopipeError):
+        run_slide(ref, plan_of(tmp_path, f"tissue.mask={tmp_path / 'mask.geojson'}", fresh="tissue"))
+    assert arrays_of(tmp_path) == arrays_of(undisturbed)
+
+
+def test_a_slide_that_can_hardly_be_read_is_not_a_slide_without_tissue(
+    ref: SlideRef, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(region: Region) -> bool:
+        return region.x_l0 < 1200
+
+    monkeypatch.setattr(pipeline, "open_slide", lambda *a, **k: Faulty(open_slide(*a, **k), half, tiles_only=False))
+    for _ in range(2):
+        with pytest.raises(TooManyBadTilesError, match=r"\d\d% of the slide's area can't be read.*--retry-bad"):
+            run_slide(ref, plan_of(tmp_path, "embed.max_bad_share=0.4"))
+    tissue = SlideStore.open(store_path(tmp_path, "drawn")).read_tissue()
+    assert "unreadable" in tissue.flags
+    assert 0.4 < tissue.unreadable_share < 0.9
+    monkeypatch.undo()
+    # The tissue was looked for on half a picture, so mending the file brings more than the bad tiles.
+    run_slide(ref, plan_of(tmp_path, "embed.max_bad_share=0.4", retry_bad=True))
+    assert arrays_of(tmp_path) == arrays_of(undisturbed)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -204,7 +204,7 @@ def test_a_flipped_bit_is_found(full_store: SlideStore, part: str) -> None:
     path.write_bytes(bytes(data))
     found = list(full_store.problems())
     assert [problem.where for problem in found] == [f"embeddings/{GRID.name}/e/{part.split('/')[0]}"]
-    assert "can't be read" in found[0].what
+    assert "fails its checksum; compute the chunks concerned with --retry-bad" in found[0].what
     assert full_store.embeddings(GRID.name, "e").bad_chunks() == [1]
 
 
@@ -215,6 +215,34 @@ def test_a_flipped_bit_in_a_compressed_array_is_found(full_store: SlideStore, na
     data[-8] ^= 1
     chunk.write_bytes(bytes(data))
     assert name in [problem.where for problem in full_store.problems()]
+
+
+@pytest.mark.parametrize("name", ["tissue/mask", "tissue/vertices_l0", "tiles/256px-0.5um/xy_l0"])
+def test_a_missing_chunk_is_not_read_as_zeros(full_store: SlideStore, name: str) -> None:
+    shutil.rmtree(full_store.path / name / "c")
+    assert name in [problem.where for problem in full_store.problems()]
+    with pytest.raises(StoreError, match=rf"{name} lacks 1 of 1 chunks; compute it anew with --fresh t"):
+        _ = full_store.read_tissue() if name.startswith("tissue") else full_store.read_grid(GRID.name)
+
+
+def test_a_mask_of_nothing_but_zeros_is_whole(store: SlideStore) -> None:
+    empty = Tissue(np.zeros((3, 4), np.uint8), (8.0, 8.0), (), (), ("no-tissue",), 0.25, "brightfield")
+    store.write_tissue(empty, {})
+    assert store.read_tissue().unreadable_share == 0.25
+    assert not store.read_tissue().mask.any()
+
+
+def test_what_is_not_there_is_not_complete(full_store: SlideStore) -> None:
+    (full_store.path / "tiles" / GRID.name / "tissue_fraction" / "zarr.json").unlink()
+    assert "is missing" in next(full_store.problems()).what
+    (full_store.path / "embeddings" / GRID.name / "e" / "values" / "zarr.json").unlink()
+    assert [problem.what[:10] for problem in full_store.problems()] == ["is missing", "is missing"]
+    with pytest.raises(StoreError, match="--fresh embed"):
+        full_store.embeddings(GRID.name, "e")
+    (full_store.path / "embeddings" / GRID.name / "e" / "zarr.json").unlink()
+    assert "not finished" in list(full_store.problems())[1].what
+    shutil.rmtree(full_store.path / "embeddings" / GRID.name)
+    assert "none; 'pathopipe run'" in list(full_store.problems())[1].what
 
 
 def test_missing_and_contradicting_chunks_are_found(full_store: SlideStore) -> None:

@@ -1,5 +1,8 @@
 """The ``pathopipe`` program: its commands, how errors become one line, and the exit codes."""
 
+import errno
+import io
+import os
 import signal
 import sys
 from types import FrameType
@@ -65,13 +68,26 @@ def main() -> None:
     """Run the program; an error that pathopipe knows is one line and an exit code, a bug keeps its traceback."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal can't show ends nothing
     try:
         app()
+        sys.stdout.flush()
     except PathopipeError as error:
-        print(f"pathopipe: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pathopipe: {str(error).strip()}".replace("\n", "\n  "), file=sys.stderr)
         sys.exit(EXIT_WRONG_USE if isinstance(error, UsageError) else EXIT_FAILED)
     except _Interrupted:
-        print("pathopipe: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        how = "run again without --fresh to go on" if "--fresh" in sys.argv else "the same command goes on from there"
+        print(f"pathopipe: interrupted; what was finished is kept, {how}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
+        # Whoever read the output has gone; the interpreter would complain once more when it flushes.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+        sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("pathopipe: the output of this command can't be written, the disk is full", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
         sys.exit(EXIT_FAILED)

@@ -17,8 +17,11 @@ def info(slide: SlideFile, as_json: Json = False) -> None:
       pathopipe info slide.svs
       pathopipe info slide.svs --json
     """
+    from pathopipe.errors import UsageError
     from pathopipe.slide.open import open_slide
 
+    if not slide.exists():
+        raise UsageError(f"{slide}: no such file; check the path")
     opened = open_slide(slide)
     found = opened.info
     opened.close()

@@ -69,7 +69,9 @@ def describe_outcome(outcome: "SlideOutcome") -> str:
         f"{outcome.tiles} tiles{bad}",
     ]
     if outcome.report.tiles:
-        parts.append(", ".join(f"{name} {value:.1f} s" for name, value in outcome.report.seconds().items()))
+        spent = {"prepare": outcome.prepare_s, **outcome.report.seconds()}
+        parts.append(", ".join(f"{name} {value:.1f} s" for name, value in spent.items()))
+        parts.append(f"embedding limited by {outcome.report.limited_by()}")
     if outcome.flags:
         parts.append("flags: " + ", ".join(outcome.flags))
     parts += [f"note: {problem}" for problem in outcome.problems]

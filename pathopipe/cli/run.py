@@ -1,5 +1,6 @@
 """``pathopipe run``: slides, folders or a manifest through all stages."""
 
+import sys
 import unicodedata
 from collections.abc import Sequence
 from enum import StrEnum
@@ -71,7 +72,8 @@ def run(
         retry_bad=retry_bad,
         threads=max(1, usable_cores() // workers),
     )
-    check_plan(refs, plan)
+    for warning in check_plan(refs, plan):
+        print(f"note: {warning}", file=sys.stderr)
     outcomes = run_and_tell(refs, plan, workers)
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)

@@ -1,9 +1,10 @@
 """The embedding stage: runs one encoder over chunks of a slide's tiles and stores each chunk whole."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from pathopipe.embeddings.handcrafted import FEATURE_NAMES, HANDCRAFTED_VERSION,
 from pathopipe.records import STATUS_NOT_FINITE, STATUS_OK, STATUS_OVERFLOW, STATUS_UNREADABLE, TileGrid
 from pathopipe.slide.base import Slide
 from pathopipe.store import EmbeddingArray
-from pathopipe.tiles.read import stream_batches
+from pathopipe.tiles.read import TileBatch, stream_batches
 
 __all__ = ["EmbedReport", "Encoder", "HandcraftedEncoder", "build_encoder", "embed_chunks"]
 
@@ -28,6 +29,8 @@ class Encoder(Protocol):
     """What decides the numbers: name, weights, precision, transform. Goes into the inputs of the stage."""
     about: dict[str, Any]
     """What is worth knowing beside it: licence, device, versions."""
+    ahead: int
+    """Batches that may be started before the result of the first is fetched; 0 where all is computed at the start."""
 
     def allocate(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         """A buffer for tiles that this encoder reads fast."""
@@ -37,11 +40,19 @@ class Encoder(Protocol):
         """(n, side, side, 3) uint8 -> (n, features) float32."""
         ...
 
+    def start(self, images: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        """Begin to encode; the function that is returned waits for what :meth:`encode` would return.
+
+        When this returns, ``images`` is read no more and may be written to.
+        """
+        ...
+
 
 class HandcraftedEncoder:
     """The statistics of :mod:`pathopipe.embeddings.handcrafted` behind the encoder protocol."""
 
     features = len(FEATURE_NAMES)
+    ahead = 0
 
     def __init__(self, spec: EncoderSpec, *, mpp: tuple[float, float], threads: int) -> None:
         self._mpp = mpp
@@ -57,14 +68,29 @@ class HandcraftedEncoder:
         """(n, side, side, 3) uint8 -> (n, features) float32; a row depends on its own tile alone."""
         return handcrafted_features(images, self._mpp, threads=self._threads)
 
+    def start(self, images: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        """Encode at once."""
+        computed = self.encode(images)
+        return lambda: computed
+
+
+Limit = Literal["reading", "model", "writing"]
+
 
 @dataclass(slots=True)
 class EmbedReport:
-    """What a run over some chunks did. Seconds of reading are of threads, added up; the others are wall time."""
+    """What a run over some chunks did.
+
+    The loop over batches is always in one of three places, whose wall seconds add up to its length: it waits for
+    tiles, it is with the model, or it writes. Seconds of reading are those of the reading threads, added up; they pass
+    beside the loop.
+    """
 
     tiles: int = 0
     read_s: float = 0.0
+    """Decoding and resampling."""
     model_s: float = 0.0
+    """On a CPU the readers take their share of the cores meanwhile; on a GPU this is waiting for the device."""
     waiting_s: float = 0.0
     """The model waited for tiles."""
     write_s: float = 0.0
@@ -84,6 +110,17 @@ class EmbedReport:
         """The times, rounded, as the store keeps them."""
         named = {"read": self.read_s, "model": self.model_s, "waiting": self.waiting_s, "write": self.write_s}
         return {name: round(value, 3) for name, value in named.items()}
+
+    def limited_by(self) -> Limit | None:
+        """Where the loop spent most of its time, which is what more of would make it faster; None where it did nothing.
+
+        ``reading``: waiting for tiles; more reading threads or a faster disk help. ``model``: a faster device or a
+        smaller network helps. ``writing``: the output folder is slow.
+        """
+        if not self.tiles:
+            return None
+        places: dict[Limit, float] = {"model": self.model_s, "reading": self.waiting_s, "writing": self.write_s}
+        return max(places, key=lambda place: places[place])
 
 
 _FAULTS_KEPT = 5
@@ -144,39 +181,63 @@ def embed_chunks(
     report = EmbedReport()
     todo = [(chunk, rows.chunk_slice(chunk)) for chunk in chunks]
     batches = stream_batches(slide, grid, todo, batch_size=batch_size, threads=threads, allocate=encoder.allocate)
-    dtype = np.dtype(rows.dtype)
+    chunk_writer = _ChunkWriter(rows)
+    started: deque[tuple[TileBatch, Callable[[], NDArray[np.float32]]]] = deque()
+
+    def finish_first() -> None:
+        batch, result = started.popleft()
+        asked = time.perf_counter()
+        computed = result()
+        got = time.perf_counter()
+        chunk_writer.add(batch, computed)
+        report.add(EmbedReport(tiles=len(computed), model_s=got - asked, write_s=time.perf_counter() - got))
+        on_tiles(len(computed))
+
     try:
         asked = time.perf_counter()
         for batch in batches:
             got = time.perf_counter()
-            chunk_rows = rows.chunk_slice(batch.chunk)
-            if batch.rows.start == chunk_rows.start:
-                values = np.full((chunk_rows.stop - chunk_rows.start, rows.features), np.nan, dtype)
-                status = np.zeros(len(values), np.uint8)
             # Unreadable tiles go in as well (black), so that their neighbours are computed in the same batch as ever.
-            computed = encoder.encode(batch.images)
-            at = slice(batch.rows.start - chunk_rows.start, batch.rows.stop - chunk_rows.start)
-            status[at] = judge_rows(computed, batch.readable, dtype)
-            good = status[at] == STATUS_OK
-            values[at][good] = computed[good].astype(dtype)
-            encoded = time.perf_counter()
-            if batch.rows.stop == chunk_rows.stop:
-                rows.write_chunk(batch.chunk, values, status)
+            started.append((batch, encoder.start(batch.images)))
             report.add(
                 EmbedReport(
-                    tiles=len(computed),
                     read_s=batch.reading_s,
-                    model_s=encoded - got,
+                    model_s=time.perf_counter() - got,
                     waiting_s=got - asked,
-                    write_s=time.perf_counter() - encoded,
                     faults=batch.faults,
                 )
             )
-            on_tiles(len(computed))
+            while len(started) > encoder.ahead:
+                finish_first()
             asked = time.perf_counter()
+        while started:
+            finish_first()
     finally:
         batches.close()
     return report
+
+
+class _ChunkWriter:
+    """Gathers the rows of batches and writes a chunk when its last one is there."""
+
+    def __init__(self, rows: EmbeddingArray) -> None:
+        self._rows = rows
+        self._dtype = np.dtype(rows.dtype)
+        self._values = np.empty((0, rows.features), self._dtype)
+        self._status = np.empty(0, np.uint8)
+
+    def add(self, batch: TileBatch, computed: NDArray[np.float32]) -> None:
+        """Take in the (n, features) vectors of a batch; batches come in the order of their rows."""
+        chunk_rows = self._rows.chunk_slice(batch.chunk)
+        if batch.rows.start == chunk_rows.start:
+            self._values = np.full((chunk_rows.stop - chunk_rows.start, self._rows.features), np.nan, self._dtype)
+            self._status = np.zeros(len(self._values), np.uint8)
+        at = slice(batch.rows.start - chunk_rows.start, batch.rows.stop - chunk_rows.start)
+        self._status[at] = judge_rows(computed, batch.readable, self._dtype)
+        good = self._status[at] == STATUS_OK
+        self._values[at][good] = computed[good].astype(self._dtype)
+        if batch.rows.stop == chunk_rows.stop:
+            self._rows.write_chunk(batch.chunk, self._values, self._status)
 
 
 def judge_rows(computed: NDArray[np.float32], readable: NDArray[np.bool_], dtype: np.dtype[Any]) -> NDArray[np.uint8]:

@@ -1,8 +1,11 @@
 """Networks as encoders: built by timm, fed uint8 tiles, normalised on their own device."""
 
+import logging
+import math
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -11,14 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pathopipe.embeddings.catalog import TIMM_PREFIX, EncoderSpec
+from pathopipe.embeddings.precision import (
+    LEAST_COSINE,
+    Asked,
+    Precision,
+    check_tiles,
+    choose_precision,
+    least_cosine,
+    with_bf16_weights,
+)
 from pathopipe.embeddings.torchvision_import import import_torchvision
 from pathopipe.errors import EncoderError, UsageError
 from pathopipe.registry import nearest
 
 __all__ = ["NetworkEncoder"]
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+logger = logging.getLogger("pathopipe")
+
+_AUTOCAST = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}
 
 
 class NetworkEncoder:
@@ -26,7 +39,12 @@ class NetworkEncoder:
 
     Tiles are resized to the network's input (bicubic with antialias), scaled and normalised as timm's recipe for the
     architecture says, and pooled as it pools by default.
+
+    On a CUDA device batches overlap: while one is computed, the next one is copied.
     """
+
+    ahead: int
+    """Batches that may be started before the result of the first is fetched: 1 on a GPU, none on a CPU."""
 
     def __init__(
         self,
@@ -35,16 +53,21 @@ class NetworkEncoder:
         weights: Path | None,
         seed: int = 0,
         device: Literal["auto", "cpu", "cuda"] = "auto",
-        precision: Precision = "auto",
+        precision: Asked = "auto",
     ) -> None:
         """Build the network and load its weights.
+
+        Where ``auto`` means bf16 weights, they are tried on a few drawn tiles first: unless every vector's cosine to
+        that of fp32 is above 0.999, the network stays in fp32 and a warning is logged.
 
         Raises:
             UsageError: timm has no such architecture, or there is no CUDA device where one is asked for.
             EncoderError: The weights don't fit; the message names the keys.
         """
+        self._name = spec.name
         self.device = _choose_device(device)
-        self.precision = _choose_precision(precision, self.device)
+        self._lane: _Lane = _CudaLane(self.device) if self.device.type == "cuda" else _HostLane()
+        self.ahead = self._lane.ahead
         model = _build(spec.name.removeprefix(TIMM_PREFIX), seed)
         recipe = _recipe(model)
         weights_sha256 = _load_weights(model, weights) if weights is not None else _hash_parameters(model)
@@ -53,7 +76,10 @@ class NetworkEncoder:
         self._mean = torch.tensor(recipe["mean"], device=self.device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(recipe["std"], device=self.device).view(1, 3, 1, 1) * 255
         self._largest_batch: int | None = None
-        self.features = int(self._forward(np.zeros((1, self._input_height, self._input_width, 3), np.uint8)).shape[1])
+        chosen = choose_precision(precision, self.device)
+        self.precision: Precision = "fp32" if chosen == "bf16 weights" else chosen
+        cosine = self._try_bf16_weights() if chosen == "bf16 weights" else None
+        self.features = self.encode(np.zeros((1, self._input_height, self._input_width, 3), np.uint8)).shape[1]
         self.identity: dict[str, Any] = {
             "name": spec.name,
             "weights": "file" if weights is not None else f"random (seed {seed})",
@@ -69,6 +95,8 @@ class NetworkEncoder:
             "license": spec.license,
             "device": self.device.type,
             "torch": torch.__version__,
+            # Of bf16 weights, also where they were turned down; None where they were not tried.
+            "least_cosine_to_fp32": round(cosine, 6) if cosine is not None else None,
             "warning": None if weights is not None else "random weights: for timing and tests, not for science",
         }
 
@@ -80,7 +108,16 @@ class NetworkEncoder:
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(n, height, width, 3) uint8 tiles -> (n, features) float32.
 
-        Where the device's memory does not hold the batch, it is halved until it does, for this and all later batches.
+        Raises:
+            EncoderError: Not even one tile fits into the device's memory.
+        """
+        return self.start(images)()
+
+    def start(self, images: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        """Begin to encode tiles; what is returned waits for the vectors, in the order of the starts.
+
+        When this returns, ``images`` has been copied and may be written to. Where the device's memory does not hold
+        the batch, it is halved until it does, for this and all later batches.
 
         Raises:
             EncoderError: Not even one tile fits.
@@ -88,41 +125,123 @@ class NetworkEncoder:
         step = min(self._largest_batch or len(images), len(images))
         while True:
             try:
-                parts = [self._forward(images[first : first + step]) for first in range(0, len(images), step)]
-                return np.concatenate(parts)
+                parts = [self._submit(images[first : first + step]) for first in range(0, len(images), step)]
+                return lambda: np.concatenate([part() for part in parts])
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 if step == 1:
                     raise EncoderError(
-                        f"{self.identity['name']}: the {self.device.type} device has no memory for one tile; "
+                        f"{self._name}: the {self.device.type} device has no memory for one tile; "
                         "use --set embed.device=cpu or a smaller encoder"
                     ) from None
                 step = self._largest_batch = step // 2
+            finally:
+                self._lane.wait_for_copies()
 
     @torch.inference_mode()
-    def _forward(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        batch = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+    def _submit(self, images: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        return self._lane.fetch(self._forward(self._lane.send(images)))
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """(n, height, width, 3) uint8 -> (n, features) float32, both on the device."""
+        batch = images.permute(0, 3, 1, 2).float()
         if batch.shape[2:] != (self._input_height, self._input_width):
             size = (self._input_height, self._input_width)
             batch = functional.interpolate(batch, size=size, mode="bicubic", antialias=True).clamp_(0, 255)
         batch = (batch - self._mean) / self._std
+        if self.precision == "bf16 weights":
+            batch = batch.to(torch.bfloat16, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=_AUTOCAST.get(self.precision), enabled=self.precision in _AUTOCAST):
             features: Tensor = self._model(batch)
-        return np.asarray(features.float().cpu().numpy())
+        return features.float()
+
+    def _try_bf16_weights(self) -> float | None:
+        """Go over to bf16 weights if they agree with fp32; the least cosine, None where there is no number."""
+        full_model, full = self._model, self.encode(check_tiles())
+        self._model, self.precision = with_bf16_weights(full_model), "bf16 weights"
+        try:
+            cosine = least_cosine(full, self.encode(check_tiles()))
+            reason = f"the least cosine to fp32 is {cosine:.6f}, not above {LEAST_COSINE:g}"
+        except RuntimeError as error:  # torch has no bf16 kernel for one of its operations
+            cosine, reason = math.nan, " ".join(str(error).split())[:200]
+        if not cosine > LEAST_COSINE:
+            self._model, self.precision = full_model, "fp32"
+            logger.warning("%s: runs in fp32, for bf16 weights won't do here (%s)", self._name, reason)
+        return cosine if math.isfinite(cosine) else None
+
+
+class _Lane(Protocol):
+    """The way to the device and back."""
+
+    ahead: int
+
+    def send(self, images: NDArray[np.uint8]) -> Tensor:
+        """Bring tiles to the device."""
+        ...
+
+    def wait_for_copies(self) -> None:
+        """Until everything that was sent has left the buffers it came from."""
+        ...
+
+    def fetch(self, features: Tensor) -> Callable[[], NDArray[np.float32]]:
+        """Begin to bring (n, features) float32 back; the function waits for them."""
+        ...
+
+
+class _HostLane:
+    """The CPU: nothing is copied, all is done at once."""
+
+    ahead = 0
+
+    def send(self, images: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(images)
+
+    def wait_for_copies(self) -> None:
+        pass
+
+    def fetch(self, features: Tensor) -> Callable[[], NDArray[np.float32]]:
+        computed = np.asarray(features.numpy())
+        return lambda: computed
+
+
+class _CudaLane:
+    """A GPU: tiles cross on a stream of their own, so that a copy runs while the batch before it is computed."""
+
+    ahead = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def send(self, images: NDArray[np.uint8]) -> Tensor:
+        with torch.cuda.stream(self._copies):
+            sent = torch.from_numpy(images).to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copies)
+        # Else its memory would be free for the next copy while the model still reads it.
+        sent.record_stream(computing)
+        return sent
+
+    def wait_for_copies(self) -> None:
+        self._copies.synchronize()
+
+    def fetch(self, features: Tensor) -> Callable[[], NDArray[np.float32]]:
+        values = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        values.copy_(features, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(torch.cuda.current_stream(self._device))
+
+        def wait() -> NDArray[np.float32]:
+            arrived.synchronize()
+            return np.asarray(values.numpy())
+
+        return wait
 
 
 def _choose_device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("embed.device=cuda, but torch finds no CUDA device here; use --set embed.device=cpu or auto")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _choose_precision(asked: Precision, device: torch.device) -> str:
-    if asked != "auto":
-        return asked
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def _build(architecture: str, seed: int) -> nn.Module:
@@ -173,8 +292,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise EncoderError(f"{path}: no such weights file; check embed.weights") from None
     except Exception as error:  # damaged files fail in a dozen ways, code in a pickle in one more
-        reason = " ".join(str(error).split())[:200]
-        raise EncoderError(f"{path}: not a weights file that can be read safely ({reason})") from error
+        raise EncoderError(
+            f"{path}: not a weights file that can be read safely ({type(error).__name__}); "
+            "give .safetensors, or a .pt that holds nothing but tensors"
+        ) from error
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise EncoderError(f"{path}: holds no table of tensors; save model.state_dict() as .safetensors")

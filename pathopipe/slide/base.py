@@ -1,7 +1,7 @@
 """The slide protocol that every reader keeps, and the arithmetic they share."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pathopipe.geometry import Region
 from pathopipe.records import Level, SlideInfo
 
-__all__ = ["Slide", "check_region", "describe", "level_corner", "levels_from_sizes", "paste"]
+__all__ = ["BlockSlide", "Slide", "check_region", "describe", "level_corner", "levels_from_sizes", "paste"]
 
 
 class Slide(Protocol):
@@ -37,6 +37,30 @@ class Slide(Protocol):
 
     def close(self) -> None:
         """Free file handles and caches."""
+        ...
+
+
+@runtime_checkable
+class BlockSlide(Slide, Protocol):
+    """A slide that is put together from native blocks, at once at the place and size where they are wanted."""
+
+    def read_into(
+        self, out: NDArray[np.uint8], region: Region, *, factor: int = 1, dct: bool = False, keep: bool = True
+    ) -> None:
+        """Read one region as :meth:`Slide.read` does, shrunk, into an array.
+
+        Args:
+            out: (height_px / factor, width_px / factor, 3); holds anything after an error.
+            region: Its sides are multiples of ``factor``.
+            factor: By how much it is shrunk.
+            dct: Let the JPEG decoder shrink, where the level's ``scales`` has the factor and the corner is a multiple
+                of it; else each pixel is the mean of those it covers.
+            keep: Remember blocks that lie wholly in the region; say no where no other region will ask for them.
+
+        Raises:
+            TileReadError: A block under the region can't be read.
+            ValueError: As :meth:`Slide.read`, or ``dct`` is not possible there.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pathopipe.errors import TileReadError
 from pathopipe.geometry import Region
 from pathopipe.slide.base import describe, paste
-from pathopipe.slide.planes import Plane, decode_block
+from pathopipe.slide.planes import SCALES, Plane, decode_block, decode_shrunk
 
 __all__ = ["BlockReader"]
 
@@ -33,10 +33,12 @@ class BlockReader:
         self._slide_id = slide_id
         self.planes = tuple(planes)
         self._cache = _BlockCache(_CACHE_BYTES)
+        self._scratch = threading.local()
         self._lock = threading.Lock()
         self._readers = 0
         self._closed = False
         self._fd = os.open(path, os.O_RDONLY)
+        self._size_bytes = os.fstat(self._fd).st_size
 
     def read(self, region: Region, x: int, y: int) -> NDArray[np.uint8]:
         """Read a region whose corner in pixels of its level is (x, y).
@@ -48,7 +50,36 @@ class BlockReader:
             TileReadError: A block is damaged.
             ValueError: The reader was closed.
         """
+        canvas = np.empty((region.height_px, region.width_px, 3), np.uint8)
+        self.read_into(canvas, region, x, y)
+        return canvas
+
+    def can_shrink(self, number: int, x: int, y: int, factor: int) -> bool:
+        """Whether block and pixel borders of a level fall together once it is shrunk; the corner is (x, y)."""
+        plane = self.planes[number]
+        return not any(side % factor for side in (x, y, plane.block_width_px, plane.block_height_px))
+
+    def read_into(
+        self,
+        out: NDArray[np.uint8],
+        region: Region,
+        x: int,
+        y: int,
+        *,
+        factor: int = 1,
+        dct: bool = False,
+        keep: bool = True,
+    ) -> None:
+        """Read a region whose corner in pixels of its level is (x, y), shrunk; see :class:`BlockSlide`.
+
+        Raises:
+            TileReadError: A block is damaged.
+            ValueError: The reader was closed, or :meth:`can_shrink` denies it.
+        """
+        if factor != 1 and not self.can_shrink(region.level, x, y, factor):
+            raise ValueError(f"{self._slide_id}: {describe(region)} can't be shrunk {factor} times block by block")
         plane = self.planes[region.level]
+        block_shape = (plane.block_height_px, plane.block_width_px, 3)
         under = _blocks_under(plane, region, x, y)
         is_covered = (
             x >= 0
@@ -57,27 +88,36 @@ class BlockReader:
             and y + region.height_px <= plane.height_px
             and not any(plane.is_missing(row, column) for row, column in under)
         )
-        canvas = np.empty((region.height_px, region.width_px, 3), np.uint8)
         if not is_covered:
-            canvas.fill(255)
-        # Blocks at the edge may hold padding, which must stay off the canvas.
-        inside = canvas[: max(0, plane.height_px - y), : max(0, plane.width_px - x)]
+            out.fill(255)
+        # Blocks at the edge may hold padding, which must stay off the canvas; shrunk ones are white there already.
+        inside = out[: max(0, -((y - plane.height_px) // factor)), : max(0, -((x - plane.width_px) // factor))]
         self._enter()
         try:
             for row, column in under:
+                left_px, top_px = column * plane.block_width_px - x, row * plane.block_height_px - y
+                is_kept = keep or not (
+                    0 <= left_px <= region.width_px - plane.block_width_px
+                    and 0 <= top_px <= region.height_px - plane.block_height_px
+                )
+                # Fresh memory costs up to half a decode in page faults, so it is only taken for what is remembered.
+                is_all = out.shape == block_shape and out.flags.c_contiguous and not plane.is_padded(row, column)
+                if factor == 1 and not is_kept and is_all:
+                    buffer: NDArray[np.uint8] | None = out
+                else:
+                    buffer = None if is_kept and (factor == 1 or dct) else self._buffer(block_shape)
                 try:
-                    block = self._block(region.level, row, column)
+                    block = self._block(region.level, row, column, factor, dct, is_kept, buffer)
                 except Exception as error:  # every codec has exceptions of its own
                     raise TileReadError(
                         f"{self._path.name}: {describe(region)} can't be read (block in row {row}, column {column}: "
                         f"{_first_line(error)}); the file is damaged there: copy it again from its source",
                         slide_id=self._slide_id,
                     ) from None
-                if block is not None:
-                    paste(inside, block, column * plane.block_width_px - x, row * plane.block_height_px - y)
+                if block is not None and not (buffer is out and np.may_share_memory(block, out)):
+                    paste(inside, block, left_px // factor, top_px // factor)
         finally:
             self._leave()
-        return canvas
 
     def close(self) -> None:
         """Close the file once the reads in flight have ended, and free the decoded blocks."""
@@ -86,26 +126,77 @@ class BlockReader:
             self._close_if_idle()
         self._cache.clear()
 
-    def _block(self, number: int, row: int, column: int) -> NDArray[np.uint8] | None:
+    def scales(self, number: int) -> tuple[int, ...]:
+        """By how much the blocks of a level can be shrunk while they are decoded, tried on one of them."""
+        plane = self.planes[number]
+        places = (divmod(index, plane.across) for index in range(plane.across * plane.down))
+        place = next((at for at in places if not plane.is_missing(*at) and not plane.is_padded(*at)), None)
+        if place is None:
+            return ()
+        found = []
+        for factor in SCALES:
+            if not self.can_shrink(number, 0, 0, factor):
+                break
+            try:
+                self._decode(number, *place, factor, dct=True)
+            except Exception:  # every codec has exceptions of its own
+                break
+            found.append(factor)
+        return tuple(found)
+
+    def _block(
+        self,
+        number: int,
+        row: int,
+        column: int,
+        factor: int,
+        dct: bool,
+        is_kept: bool,
+        buffer: NDArray[np.uint8] | None,
+    ) -> NDArray[np.uint8] | None:
         """Decode one block to RGB, or take it from the cache; None where nothing was written."""
         plane = self.planes[number]
-        key = (number, row * plane.across + column)
+        key = (number, row * plane.across + column, factor, dct)
         block = self._cache.get(key)
         if block is None and not plane.is_missing(row, column):
-            stored = [self.stored(number, index) for index in plane.segments(row, column)]
-            block = decode_block(plane, row, column, stored)
-            self._cache.put(key, block)
+            block = self._decode(number, row, column, factor, dct=dct, buffer=buffer)
+            if is_kept:
+                self._cache.put(key, block)
         return block
+
+    def _buffer(self, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+        """Memory for one block that this thread uses again and again."""
+        buffer: NDArray[np.uint8] | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._scratch.buffer = np.empty(shape, np.uint8)
+        return buffer
+
+    def _decode(
+        self,
+        number: int,
+        row: int,
+        column: int,
+        factor: int,
+        *,
+        dct: bool,
+        buffer: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
+        plane = self.planes[number]
+        stored = [self.stored(number, index) for index in plane.segments(row, column)]
+        if factor == 1:
+            return decode_block(plane, row, column, stored, buffer)
+        return decode_shrunk(plane, row, column, stored, factor, dct=dct, buffer=buffer)
 
     def stored(self, number: int, index: int) -> bytes:
         """Read the bytes of one segment as they are stored; ValueError where the file ends before them."""
         plane = self.planes[number]
         count, offset = plane.counts[index], plane.offsets[index]
         # The file's own word for a length is not trusted with an allocation.
-        there = max(0, min(count, os.fstat(self._fd).st_size - offset))
-        if there < count:
-            raise ValueError(f"{there} of {count} bytes are there, the file was cut short")
-        return os.pread(self._fd, count, offset)
+        there = max(0, min(count, self._size_bytes - offset))
+        data = os.pread(self._fd, there, offset)
+        if len(data) < count:
+            raise ValueError(f"{len(data)} of {count} bytes are there, the file was cut short")
+        return data
 
     def _enter(self) -> None:
         with self._lock:
@@ -142,17 +233,17 @@ class _BlockCache:
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._held_bytes = 0
-        self._blocks: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int, int, bool], NDArray[np.uint8]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[int, int]) -> NDArray[np.uint8] | None:
+    def get(self, key: tuple[int, int, int, bool]) -> NDArray[np.uint8] | None:
         with self._lock:
             block = self._blocks.get(key)
             if block is not None:
                 self._blocks.move_to_end(key)
             return block
 
-    def put(self, key: tuple[int, int], block: NDArray[np.uint8]) -> None:
+    def put(self, key: tuple[int, int, int, bool], block: NDArray[np.uint8]) -> None:
         if block.nbytes > self._capacity_bytes:
             return
         with self._lock:

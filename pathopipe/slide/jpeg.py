@@ -41,8 +41,12 @@ def parse_header(stream: bytes) -> JpegHeader:
     Raises:
         ValueError: It is no JPEG stream, or it ends before its frame header.
     """
+    return _header(stream, _segments(stream))
+
+
+def _header(stream: bytes, segments: list[tuple[int, int, int]]) -> JpegHeader:
     jfif, adobe, frame = False, None, None
-    for marker, start, end in _segments(stream):
+    for marker, start, end in segments:
         body = stream[start:end]
         if marker == _JFIF_MARKER and body.startswith(b"JFIF"):
             jfif = True
@@ -71,6 +75,8 @@ def decode_jpeg(
     rgb_inside: bool,
     believe_markers: bool,
     sizes: Container[tuple[int, int]],
+    factor: int = 1,
+    buffer: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Decode one tile with libjpeg-turbo's accurate transform; a damaged stream is an error, never half grey.
 
@@ -81,14 +87,18 @@ def decode_jpeg(
         rgb_inside: Whether the three components are RGB, else YCbCr.
         believe_markers: Let a JFIF or Adobe marker of the tile overrule ``rgb_inside``.
         sizes: The (width, height) that the tile may have.
+        factor: 2, 4 or 8 to decode at that fraction of the size: each 8 x 8 block of coefficients becomes 4 x 4,
+            2 x 2 or one pixel by a smaller inverse transform, which is less work than decoding and shrinking.
+        buffer: Contiguous memory for the result, if it is large enough for the largest that may come; fresh without.
 
     Returns:
-        (height, width, components) uint8, RGB or grey.
+        (height, width, components) uint8, RGB or grey; height and width divided by ``factor``, rounded up.
 
     Raises:
         ValueError: The stream is damaged, or is not of a size that it may have.
     """
-    header = parse_header(stream)
+    segments = _segments(stream)
+    header = _header(stream, segments)
     # Checked before decoding: a small stream may declare 65,535 x 65,535 pixels.
     if (header.width_px, header.height_px) not in sizes or len(header.sampling) != components or header.bits != 8:
         raise ValueError(
@@ -96,8 +106,15 @@ def decode_jpeg(
             f"with {header.bits} bits, other than its TIFF declares"
         )
     marked = believe_markers and (header.jfif or header.adobe_transform is not None)
-    whole = _whole(stream, tables, None if marked or components == 1 else rgb_inside)
-    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(whole, colorspace="RGB" if components == 3 else "GRAY")
+    whole = _whole(stream, segments, tables, None if marked or components == 1 else rgb_inside)
+    colorspace = "RGB" if components == 3 else "GRAY"
+    height_px, width_px = -(-header.height_px // factor), -(-header.width_px // factor)
+    # The smallest scale that still has so many pixels is the one asked for.
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        whole, colorspace, min_height=height_px, min_width=width_px, min_factor=factor, buffer=buffer
+    )
+    if pixels.shape[:2] != (height_px, width_px):
+        raise ValueError(f"can't be decoded at 1/{factor} of its size")
     return pixels
 
 
@@ -135,7 +152,7 @@ def _segments(stream: bytes) -> list[tuple[int, int, int]]:
     return found
 
 
-def _whole(stream: bytes, tables: bytes | None, rgb_inside: bool | None) -> bytes:
+def _whole(stream: bytes, segments: list[tuple[int, int, int]], tables: bytes | None, rgb_inside: bool | None) -> bytes:
     """Make a tile a stream of its own: shared tables put in front, colour space marked as the file declares it."""
     parts = [_SOI]
     if rgb_inside is not None:
@@ -146,7 +163,7 @@ def _whole(stream: bytes, tables: bytes | None, rgb_inside: bool | None) -> byte
         parts.append(tables[2:end])
     at = 2
     if rgb_inside is not None:
-        for marker, start, end in _segments(stream):
+        for marker, start, end in segments:
             if marker in (_JFIF_MARKER, _ADOBE_MARKER):
                 parts.append(stream[at : start - 4])
                 at = end

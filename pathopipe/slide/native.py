@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from pathopipe.errors import TileReadError
 from pathopipe.geometry import Region
 from pathopipe.records import Level, SlideInfo
-from pathopipe.slide.base import Slide, check_region
+from pathopipe.slide.base import Slide, check_region, describe
 from pathopipe.slide.blocks import BlockReader
 from pathopipe.slide.jpeg import parse_header, shows_false_colours
 from pathopipe.slide.openslide import OpenSlideReader
-from pathopipe.slide.planes import Plane, plane_from_page
+from pathopipe.slide.planes import Plane, plane_from_page, shrink
 
 __all__ = ["NativeReader", "with_native_tiles"]
 
@@ -60,8 +60,17 @@ class NativeReader:
     def __init__(self, slide: OpenSlideReader, blocks: BlockReader) -> None:
         self._slide = slide
         self._blocks = blocks
-        self._info = replace(slide.info, reader="tiff", problems=(*slide.info.problems, *_false_colours(blocks)))
         self._is_sparse = any(0 in plane.counts or 0 in plane.offsets for plane in blocks.planes)
+        self._info = slide.info  # known to is_native before it is complete
+        self._info = replace(
+            slide.info,
+            reader="tiff",
+            levels=tuple(
+                replace(level, scales=blocks.scales(number)) if self.is_native(number) else level
+                for number, level in enumerate(slide.info.levels)
+            ),
+            problems=(*slide.info.problems, *_false_colours(blocks)),
+        )
 
     @property
     def info(self) -> SlideInfo:
@@ -79,14 +88,30 @@ class NativeReader:
 
     def read(self, region: Region) -> NDArray[np.uint8]:
         """Read one region, (height_px, width_px, 3) uint8 RGB over white; see :class:`Slide`."""
+        canvas = np.empty((region.height_px, region.width_px, 3), np.uint8)
+        self.read_into(canvas, region)
+        return canvas
+
+    def read_into(
+        self, out: NDArray[np.uint8], region: Region, *, factor: int = 1, dct: bool = False, keep: bool = True
+    ) -> None:
+        """Read one region, shrunk, into ``out``; see :class:`BlockSlide`.
+
+        What is read with ``dct`` is never mixed with pixels that another filter made: a block that does not decode so
+        is an error.
+        """
         level = check_region(self._info, region)
         corner = _whole_corner(level, region) if self.is_native(region.level) else None
-        if corner is None:
-            return self._slide.read(region)
-        try:
-            return self._blocks.read(region, *corner)
-        except TileReadError:
-            return self._slide.read(region)
+        if corner is not None and (dct or factor == 1 or self._blocks.can_shrink(region.level, *corner, factor)):
+            try:
+                self._blocks.read_into(out, region, *corner, factor=factor, dct=dct, keep=keep)
+                return
+            except TileReadError:
+                if dct:
+                    raise
+        elif dct:
+            raise ValueError(f"{self._info.slide_id}: {describe(region)} can't be decoded at a reduced size")
+        out[...] = self._slide.read(region) if factor == 1 else shrink(self.read(region), factor)
 
     def close(self) -> None:
         """Close both readers."""

@@ -1,6 +1,5 @@
 """The whole slide at one coarse resolution, in bounded memory."""
 
-import logging
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from pathopipe.slide.base import Slide
 
 __all__ = ["Overview", "overview_size", "read_overview", "scan_overview"]
 
-_LOG = logging.getLogger(__name__)
 _STRIP_BYTES = 48 * 1024 * 1024
 _STRIP_ROWS = 1024
 _BLOCK_PX = 1024
@@ -33,22 +31,21 @@ class Overview(NamedTuple):
     """(height, width, 3) RGB. Covers the whole of level 0: a pixel is dims_l0 / (width, height) large."""
     bad_blocks: int
     """Blocks that can't be read; they are white in ``pixels``."""
+    unreadable_share: float
+    """Their share of the slide's area."""
 
 
 def read_overview(slide: Slide, mpp: float) -> NDArray[np.uint8]:
     """Read the whole of level 0 at about ``mpp`` micrometres per pixel.
 
     A slide coarser than ``mpp`` comes at its own resolution; one without resolution with its longer side at 2048 px.
-    Unreadable blocks are white and logged; :func:`scan_overview` counts them.
+    Unreadable blocks are white; :func:`scan_overview` counts them.
 
     Returns:
         (height, width, 3) uint8 RGB; the pixel in row i and column j is the mean over the level-0 rectangle that
         starts at (j, i) * dims_l0 / (width, height) and is dims_l0 / (width, height) large.
     """
-    overview = scan_overview(slide, mpp)
-    if overview.bad_blocks:
-        _LOG.warning("%s: left white in the overview, unreadable: %d blocks", slide.info.slide_id, overview.bad_blocks)
-    return overview.pixels
+    return scan_overview(slide, mpp).pixels
 
 
 def scan_overview(slide: Slide, mpp: float) -> Overview:
@@ -57,14 +54,13 @@ def scan_overview(slide: Slide, mpp: float) -> Overview:
     number = _coarsest_fine_enough(slide.info, width, height)
     level = slide.info.levels[number]
     reducer = _RowReducer(level.height_px, width, height)
-    bad_blocks = 0
+    bad: list[int] = []
     for top, rows in _strips(level):
-        strip, bad = _read_strip(slide, number, top, rows)
-        bad_blocks += bad
+        strip = _read_strip(slide, number, top, rows, bad)
         step = max(1, min(_FLOAT_ROWS, _FLOAT_BYTES // (level.width_px * 12)))
         for first in range(0, rows, step):
             reducer.add(_narrow(strip[first : first + step], width))
-    return Overview(reducer.pixels, bad_blocks)
+    return Overview(reducer.pixels, len(bad), sum(bad) / (level.width_px * level.height_px))
 
 
 def overview_size(info: SlideInfo, mpp: float) -> tuple[int, int]:
@@ -141,32 +137,31 @@ def _strips(level: Level) -> Iterator[tuple[int, int]]:
         yield top, min(rows, level.height_px - top)
 
 
-def _read_strip(slide: Slide, number: int, top: int, rows: int) -> tuple[NDArray[np.uint8], int]:
-    """Read full rows of a level; returns them and the number of blocks that can't be read."""
+def _read_strip(slide: Slide, number: int, top: int, rows: int, bad: list[int]) -> NDArray[np.uint8]:
+    """Read full rows of a level; the sizes in pixels of blocks that can't be read are added to ``bad``."""
     level = slide.info.levels[number]
     strip = np.full((rows, level.width_px, 3), 255, np.uint8)
     block_width = _block_size(level)[0]
     step = max(block_width, _BLOCK_PX - _BLOCK_PX % block_width)
-    bad = 0
     for left in range(0, level.width_px, step):
         part = strip[:, left : left + step]
         try:
             part[:] = _read_level(slide, number, left, top, part.shape[1], rows)
         except TileReadError:
             bad += _salvage(slide, number, part, left, top)
-    return strip, bad
+    return strip
 
 
-def _salvage(slide: Slide, number: int, canvas: NDArray[np.uint8], left: int, top: int) -> int:
-    """Fill a canvas block by native block, so that one that fails costs no other; returns how many failed."""
+def _salvage(slide: Slide, number: int, canvas: NDArray[np.uint8], left: int, top: int) -> list[int]:
+    """Fill a canvas block by native block, so that one that fails costs no other; returns the sizes of those in px."""
     block_width, block_height = _block_size(slide.info.levels[number])
-    bad = 0
+    bad = []
     for y, height in _cuts(top, top + canvas.shape[0], block_height):
         for x, width in _cuts(left, left + canvas.shape[1], block_width):
             try:
                 pixels = _read_level(slide, number, x, y, width, height)
             except TileReadError:
-                bad += 1
+                bad.append(width * height)
             else:
                 canvas[y - top : y - top + height, x - left : x - left + width] = pixels
     return bad

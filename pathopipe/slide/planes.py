@@ -11,7 +11,19 @@ from numpy.typing import NDArray
 
 from pathopipe.slide.jpeg import decode_jpeg
 
-__all__ = ["MAX_BLOCK_PX", "Plane", "UnsupportedTiffError", "decode_block", "plane_from_page"]
+__all__ = [
+    "MAX_BLOCK_PX",
+    "SCALES",
+    "Plane",
+    "UnsupportedTiffError",
+    "decode_block",
+    "decode_shrunk",
+    "plane_from_page",
+    "shrink",
+]
+
+SCALES = (2, 4, 8)
+"""By how much libjpeg can shrink while it decodes."""
 
 MAX_BLOCK_PX = 64 * 1024 * 1024
 _MAX_SIDE_PX = 1 << 24
@@ -59,6 +71,10 @@ class Plane:
         """Indices of the stored segments that make up one block."""
         index = row * self.across + column
         return [index + n * self.across * self.down for n in range(self.samples)] if self.separate else [index]
+
+    def is_padded(self, row: int, column: int) -> bool:
+        """Whether a block reaches beyond the image."""
+        return (column + 1) * self.block_width_px > self.width_px or (row + 1) * self.block_height_px > self.height_px
 
     def is_missing(self, row: int, column: int) -> bool:
         """Whether nothing was written for a block: scanners leave out empty glass."""
@@ -140,7 +156,9 @@ def plane_from_page(page: Any, *, believe_markers: bool) -> Plane:
     )
 
 
-def decode_block(plane: Plane, row: int, column: int, stored: list[bytes]) -> NDArray[np.uint8]:
+def decode_block(
+    plane: Plane, row: int, column: int, stored: list[bytes], buffer: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
     """Decode one block to RGB over white.
 
     Args:
@@ -148,6 +166,7 @@ def decode_block(plane: Plane, row: int, column: int, stored: list[bytes]) -> ND
         row: Row of blocks.
         column: Block in that row.
         stored: The bytes of each of its segments.
+        buffer: Contiguous memory of a block's size, (block height, block width, 3), which may serve for the result.
 
     Returns:
         (height, width, 3) uint8; a block at the right or bottom edge may be cut to the image or reach beyond it.
@@ -156,13 +175,67 @@ def decode_block(plane: Plane, row: int, column: int, stored: list[bytes]) -> ND
         Exception: The bytes are damaged; each codec has exceptions of its own.
     """
     parts = [
-        _decode_segment(plane, row, column, index, data)
+        _decode_segment(plane, row, column, index, data, buffer=None if plane.separate else buffer)
         for index, data in zip(plane.segments(row, column), stored, strict=True)
     ]
     return _to_rgb(np.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], plane)
 
 
-def _decode_segment(plane: Plane, row: int, column: int, index: int, data: bytes) -> NDArray[np.uint8]:
+def decode_shrunk(
+    plane: Plane,
+    row: int,
+    column: int,
+    stored: list[bytes],
+    factor: int,
+    *,
+    dct: bool,
+    buffer: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """Decode one block at a fraction of its size; what lies beyond the image counts as white.
+
+    Args:
+        plane: Its level; the sides of its blocks are multiples of ``factor``.
+        row: Row of blocks.
+        column: Block in that row.
+        stored: The bytes of each of its segments.
+        factor: By how much it shrinks.
+        dct: Let libjpeg shrink while it decodes; else each pixel is the mean of those it covers. Blocks that reach
+            beyond the image are always averaged: what a writer puts there would bleed through the transform.
+        buffer: As of :func:`decode_block`, of the size of a whole block.
+
+    Returns:
+        (block height / factor, block width / factor, 3) uint8.
+
+    Raises:
+        Exception: As :func:`decode_block`.
+    """
+    is_padded = plane.is_padded(row, column)
+    if dct and not is_padded:
+        index = plane.segments(row, column)[0]
+        return _to_rgb(_decode_segment(plane, row, column, index, stored[0], factor, buffer), plane)
+    block = decode_block(plane, row, column, stored, buffer)
+    if is_padded:
+        seen = block[: plane.height_px - row * plane.block_height_px, : plane.width_px - column * plane.block_width_px]
+        block = np.full((plane.block_height_px, plane.block_width_px, 3), 255, np.uint8)
+        block[: seen.shape[0], : seen.shape[1]] = seen
+    return shrink(block, factor)
+
+
+def shrink(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """Average squares of ``factor`` x ``factor`` pixels; the sides of ``pixels`` are multiples of it."""
+    height_px, width_px = pixels.shape[0] // factor, pixels.shape[1] // factor
+    return np.asarray(cv2.resize(pixels, (width_px, height_px), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _decode_segment(
+    plane: Plane,
+    row: int,
+    column: int,
+    index: int,
+    data: bytes,
+    factor: int = 1,
+    buffer: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
     # The last strip ends with the image; some writers also cut compressed tiles there.
     cut_width_px = min(plane.block_width_px, plane.width_px - column * plane.block_width_px)
     cut_height_px = min(plane.block_height_px, plane.height_px - row * plane.block_height_px)
@@ -176,7 +249,11 @@ def _decode_segment(plane: Plane, row: int, column: int, index: int, data: bytes
             rgb_inside=plane.photometric == _RGB,
             believe_markers=plane.believe_markers and plane.photometric == _RGB,
             sizes=sizes,
+            factor=factor,
+            buffer=buffer,
         )
+    if factor != 1:
+        raise ValueError("only JPEG tiles of one or three components can be decoded at a reduced size")
     # These decoders fill up what is missing without a word, but a stream that was cut lacks its end marker.
     if plane.compression in (_JPEG, *_JPEG_2000) and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
         raise ValueError("the stream has no end")

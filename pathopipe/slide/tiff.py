@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ from pathopipe.geometry import Region
 from pathopipe.records import MppEvidence, SlideInfo
 from pathopipe.slide.base import check_region, level_corner, levels_from_sizes
 from pathopipe.slide.blocks import BlockReader
-from pathopipe.slide.planes import Plane, UnsupportedTiffError, plane_from_page
+from pathopipe.slide.planes import Plane, UnsupportedTiffError, plane_from_page, shrink
 from pathopipe.slide.resolution import (
     evidence_from_pair,
     evidence_from_tiff_resolution,
@@ -106,20 +107,24 @@ class TiffReader:
         resolution = resolve_mpp(evidence, override=mpp, override_source=mpp_source)
         fingerprint, size_bytes = files
         sizes = [(plane.width_px, plane.height_px) for plane in planes]
+        levels = levels_from_sizes(sizes, [(plane.block_width_px, plane.block_height_px) for plane in planes])
+        self._blocks = BlockReader(path, planes, slide_id=slide_id)
         self._info = SlideInfo(
             slide_id=slide_id,
             path=path,
             reader="tiff",
             vendor=vendor,
             dims_l0=sizes[0],
-            levels=levels_from_sizes(sizes, [(plane.block_width_px, plane.block_height_px) for plane in planes]),
+            levels=tuple(
+                replace(level, scales=self._blocks.scales(number)) if level.downsample_x.is_integer() else level
+                for number, level in enumerate(levels)
+            ),
             size_bytes=size_bytes,
             fingerprint=fingerprint,
             mpp=resolution.mpp,
             mpp_evidence=resolution.evidence,
             problems=(*resolution.problems, *problems),
         )
-        self._blocks = BlockReader(path, planes, slide_id=slide_id)
 
     @property
     def info(self) -> SlideInfo:
@@ -130,6 +135,16 @@ class TiffReader:
         """Read one region, (height_px, width_px, 3) uint8 RGB over white; see :class:`Slide`."""
         level = check_region(self._info, region)
         return self._blocks.read(region, *level_corner(level, region))
+
+    def read_into(
+        self, out: NDArray[np.uint8], region: Region, *, factor: int = 1, dct: bool = False, keep: bool = True
+    ) -> None:
+        """Read one region, shrunk, into ``out``; see :class:`BlockSlide`."""
+        x, y = level_corner(check_region(self._info, region), region)
+        if dct or factor == 1 or self._blocks.can_shrink(region.level, x, y, factor):
+            self._blocks.read_into(out, region, x, y, factor=factor, dct=dct, keep=keep)
+        else:
+            out[...] = shrink(self._blocks.read(region, x, y), factor)
 
     def close(self) -> None:
         """Close the file once the reads in flight have ended, and free the decoded blocks."""

@@ -14,7 +14,7 @@ from pathopipe.config import TilesConfig
 from pathopipe.errors import SlideError
 from pathopipe.records import Level, SlideInfo, TileGrid, Tissue
 
-__all__ = ["BLOCK_TILES", "GRID_VERSION", "grid_name", "plan_grid", "tile_starts"]
+__all__ = ["BLOCK_TILES", "GRID_VERSION", "check_fit", "grid_name", "plan_grid", "tile_starts"]
 
 GRID_VERSION = 1
 """Raised whenever the same settings would give other tiles."""
@@ -46,26 +46,10 @@ def plan_grid(info: SlideInfo, mpp_l0: tuple[float, float], tissue: Tissue, conf
     Raises:
         SlideError: The slide is coarser than the tiles asked for, or smaller than one tile with ``edge=drop``.
     """
-    axes = [_fit_axis(mpp, config) for mpp in mpp_l0]
-    if min(axis.factor for axis in axes) < 1 and not config.allow_enlarge:
-        native = " x ".join(f"{mpp:g}" for mpp in dict.fromkeys(mpp_l0))
-        raise SlideError(
-            f"{info.slide_id}: scanned at {native} um/px, coarser than tiles.mpp={config.mpp:g}; "
-            f"use --set tiles.mpp={max(mpp_l0):g} or coarser, "
-            "or allow blurred tiles with --set tiles.allow_enlarge=true",
-            slide_id=info.slide_id,
-        )
+    axes = check_fit(info, mpp_l0, config)
     side_l0 = (axes[0].side_l0, axes[1].side_l0)
     level, read_px = _choose_level(info.levels, side_l0, config.side_px)
-    starts = [tile_starts(length, axis.stride_l0) for length, axis in zip(info.dims_l0, axes, strict=True)]
-    if config.edge == "drop":
-        starts = [s[s + side <= length] for s, side, length in zip(starts, side_l0, info.dims_l0, strict=True)]
-        if not all(map(len, starts)):
-            raise SlideError(
-                f"{info.slide_id}: {info.dims_l0[0]} x {info.dims_l0[1]} px is smaller than one tile of "
-                f"{side_l0[0]} x {side_l0[1]} level-0 px; use --set tiles.edge=pad, or smaller tiles",
-                slide_id=info.slide_id,
-            )
+    starts = [_starts(length, axis, config) for length, axis in zip(info.dims_l0, axes, strict=True)]
     xy_l0, fraction = _kept_tiles(starts[0], starts[1], side_l0, info.dims_l0, tissue.mask, config.min_tissue)
     return TileGrid(
         name=grid_name(config),
@@ -77,10 +61,34 @@ def plan_grid(info: SlideInfo, mpp_l0: tuple[float, float], tissue: Tissue, conf
         stride_l0=(axes[0].stride_l0, axes[1].stride_l0),
         level=level,
         read_px=read_px,
-        resample=_resampling(read_px, config.side_px),
+        resample=_resampling(info.levels[level], read_px, [axis.stride_l0 for axis in axes], config),
         xy_l0=xy_l0,
         tissue_fraction=fraction,
     )
+
+
+def check_fit(info: SlideInfo, mpp_l0: tuple[float, float], config: TilesConfig) -> "list[_Axis]":
+    """Find out whether tiles can be cut from a slide before any of its pixels are read.
+
+    Raises:
+        SlideError: The slide is coarser than the tiles asked for, or smaller than one tile with ``edge=drop``.
+    """
+    axes = [_fit_axis(mpp, config) for mpp in mpp_l0]
+    if min(axis.factor for axis in axes) < 1 and not config.allow_enlarge:
+        native = " x ".join(f"{mpp:g}" for mpp in dict.fromkeys(mpp_l0))
+        raise SlideError(
+            f"{info.slide_id}: scanned at {native} um/px, coarser than tiles.mpp={config.mpp:g}; "
+            f"use --set tiles.mpp={max(mpp_l0):g} or coarser, "
+            "or allow blurred tiles with --set tiles.allow_enlarge=true",
+            slide_id=info.slide_id,
+        )
+    if not all(len(_starts(length, axis, config)) for length, axis in zip(info.dims_l0, axes, strict=True)):
+        raise SlideError(
+            f"{info.slide_id}: {info.dims_l0[0]} x {info.dims_l0[1]} px is smaller than one tile of "
+            f"{axes[0].side_l0} x {axes[1].side_l0} level-0 px; use --set tiles.edge=pad, or smaller tiles",
+            slide_id=info.slide_id,
+        )
+    return axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,14 @@ class _Axis:
     side_l0: int
     stride_l0: float
     achieved_mpp: float
+
+
+def _starts(length_l0: int, axis: _Axis, config: TilesConfig) -> NDArray[np.int64]:
+    starts = tile_starts(length_l0, axis.stride_l0)
+    if config.edge == "pad":
+        return starts
+    inside: NDArray[np.int64] = starts[starts + axis.side_l0 <= length_l0]
+    return inside
 
 
 def _fit_axis(mpp_l0: float, config: TilesConfig) -> _Axis:
@@ -117,10 +133,17 @@ def _choose_level(levels: tuple[Level, ...], side_l0: tuple[int, int], side_px: 
     return best
 
 
-def _resampling(read_px: tuple[int, int], side_px: int) -> str:
+def _resampling(level: Level, read_px: tuple[int, int], strides_l0: list[float], config: TilesConfig) -> str:
+    side_px = config.side_px
     if read_px == (side_px, side_px):
         return "none"
-    return "enlarge" if min(read_px) < side_px else "area"
+    if min(read_px) < side_px:
+        return "enlarge"
+    factor = read_px[0] // side_px
+    # Every tile must begin where a shrunk pixel begins, and so its corner in level pixels be a multiple of the factor.
+    is_aligned = all(stride % (factor * level.downsample_x) == 0 for stride in strides_l0)
+    is_scaled = factor in level.scales and read_px == (factor * side_px, factor * side_px)
+    return "dct" if config.resample == "auto" and is_scaled and is_aligned else "area"
 
 
 def _kept_tiles(

@@ -14,6 +14,7 @@ from pathopipe.errors import TileReadError
 from pathopipe.geometry import Region
 from pathopipe.records import TileGrid
 from pathopipe.slide.base import Slide
+from pathopipe.tiles.plan import ReadPlan, plan_reading
 
 __all__ = ["TileBatch", "read_tile", "stream_batches"]
 
@@ -47,12 +48,20 @@ def read_tile(slide: Slide, grid: TileGrid, row: int) -> NDArray[np.uint8]:
     Raises:
         TileReadError: The slide can't be read there.
     """
+    tile = np.empty((grid.side_px, grid.side_px, 3), np.uint8)
+    _read_into(tile, slide, grid, plan_reading(slide, grid), row)
+    return tile
+
+
+def _read_into(tile: NDArray[np.uint8], slide: Slide, grid: TileGrid, plan: ReadPlan, row: int) -> None:
     x_l0, y_l0 = grid.xy_l0[row].tolist()
-    pixels = slide.read(Region(x_l0, y_l0, grid.level, *grid.read_px))
-    if grid.resample == "none":
-        return pixels
-    resized = cv2.resize(pixels, (grid.side_px, grid.side_px), interpolation=_FILTERS[grid.resample])
-    return np.asarray(resized, np.uint8)
+    region = Region(x_l0, y_l0, grid.level, *grid.read_px)
+    if plan.blocks is not None:
+        plan.blocks.read_into(tile, region, factor=plan.factor, dct=plan.dct, keep=plan.keep)
+    elif grid.resample == "none":
+        tile[...] = slide.read(region)
+    else:
+        tile[...] = cv2.resize(slide.read(region), tile.shape[:2], interpolation=_FILTERS[grid.resample])
 
 
 def stream_batches(
@@ -79,6 +88,7 @@ def stream_batches(
         look_ahead: Batches read before they are asked for.
         allocate: Makes the buffers; a GPU wants pinned memory.
     """
+    plan = plan_reading(slide, grid)
     free = deque(allocate((batch_size, grid.side_px, grid.side_px, 3)) for _ in range(look_ahead + 1))
     todo = (
         (chunk, slice(first, min(first + batch_size, rows.stop)))
@@ -93,7 +103,7 @@ def stream_batches(
                 following = next(todo, None)
                 if following is None:
                     break
-                waiting.append(_Pending(slide, grid, *following, free.popleft(), pool))
+                waiting.append(_Pending(slide, grid, plan, *following, free.popleft(), pool))
             if not waiting:
                 return
             pending = waiting.popleft()
@@ -110,6 +120,7 @@ class _Pending:
         self,
         slide: Slide,
         grid: TileGrid,
+        plan: ReadPlan,
         chunk: int,
         rows: slice,
         buffer: NDArray[np.uint8],
@@ -120,17 +131,17 @@ class _Pending:
         self._rows = rows
         self._images = buffer[: rows.stop - rows.start]
         self._tasks: list[Future[tuple[list[tuple[int, str]], float]]] = [
-            pool.submit(self._fill, slide, grid, slice(first, min(first + _TILES_A_TASK, rows.stop)))
+            pool.submit(self._fill, slide, grid, plan, slice(first, min(first + _TILES_A_TASK, rows.stop)))
             for first in range(rows.start, rows.stop, _TILES_A_TASK)
         ]
 
-    def _fill(self, slide: Slide, grid: TileGrid, rows: slice) -> tuple[list[tuple[int, str]], float]:
+    def _fill(self, slide: Slide, grid: TileGrid, plan: ReadPlan, rows: slice) -> tuple[list[tuple[int, str]], float]:
         started = time.perf_counter()
         faults = []
         for row in range(rows.start, rows.stop):
             at = row - self._rows.start
             try:
-                self._images[at] = read_tile(slide, grid, row)
+                _read_into(self._images[at], slide, grid, plan, row)
             except TileReadError as error:
                 self._images[at] = 0
                 faults.append((at, str(error)))

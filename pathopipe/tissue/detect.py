@@ -11,7 +11,7 @@ from pathopipe.config import TissueConfig
 from pathopipe.errors import MissingResolutionError
 from pathopipe.records import Tissue
 from pathopipe.slide.base import Slide
-from pathopipe.slide.overview import read_overview
+from pathopipe.slide.overview import scan_overview
 from pathopipe.tissue.assemble import tissue_from_mask
 from pathopipe.tissue.brightfield import find_stained
 from pathopipe.tissue.darkfield import find_glowing, is_dark_field
@@ -39,11 +39,14 @@ def find_tissue(slide: Slide, config: TissueConfig) -> Tissue:
         )
     if config.mask is not None:
         return given_tissue(Path(config.mask.replace("{slide_id}", info.slide_id)), info, config)
-    overview = read_overview(slide, overview_mpp(info.dims_l0, info.mpp, config))
-    tissue = detect_tissue(overview, dims_l0=info.dims_l0, mpp_l0=info.mpp, config=config)
+    overview = scan_overview(slide, overview_mpp(info.dims_l0, info.mpp, config))
+    tissue = detect_tissue(overview.pixels, dims_l0=info.dims_l0, mpp_l0=info.mpp, config=config)
+    flags = set(tissue.flags)
     if tissue.method == "brightfield" and is_blurred(slide, tissue.mask):
-        tissue = dataclasses.replace(tissue, flags=tuple(sorted((*tissue.flags, "blur"))))
-    return tissue
+        flags.add("blur")
+    if overview.bad_blocks:
+        flags.add("unreadable")
+    return dataclasses.replace(tissue, flags=tuple(sorted(flags)), unreadable_share=overview.unreadable_share)
 
 
 def overview_mpp(dims_l0: tuple[int, int], mpp_l0: tuple[float, float], config: TissueConfig) -> float:

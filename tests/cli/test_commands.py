@@ -97,6 +97,12 @@ def test_the_summary_keeps_slides_of_earlier_runs(cli: Cli, drawn_slide: Path, t
         (["tissue", "SLIDE", "--out", "OUT", "--slide-id", "../x"], "../x"),
         (["run", "SLIDE", "--out", "OUT", "--set", "tissue.mask=absent.geojson"], "absent.geojson"),
         (["run", "SLIDE", "--out", "OUT", "--fresh", "everything"], "everything"),
+        (["run", "SLIDE", "--out", "OUT", "--encoder", ""], "embed.encoder"),
+        (
+            ["run", "SLIDE", "--out", "OUT", "--encoder", "timm.test_vit", "--set", "embed.weights=absent.pt"],
+            "absent.pt: no such weights file",
+        ),
+        (["info", "absent.svs"], "no such file"),
     ],
     ids=lambda value: " ".join(value[:5]) if isinstance(value, list) else "",
 )
@@ -121,8 +127,8 @@ def test_wrong_use_is_one_clear_line_before_any_work(
 def test_an_output_that_is_a_file(cli: Cli, drawn_slide: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     ended = cli("run", drawn_slide, "--out", tmp_path / "out")
-    assert ended.code == 1
-    assert "can't be written" in ended.err
+    assert ended.code == 2
+    assert "this is a file; name a folder" in ended.err
     assert len(ended.err.splitlines()) == 1
 
 
@@ -166,7 +172,29 @@ def test_verify_finds_damage(cli: Cli, results: Path, tmp_path: Path) -> None:
     chunk.write_bytes(bytes(data))
     damaged = cli("verify", copy / "slides" / "drawn.zarr", "--json")
     assert damaged.code == 1
-    assert "can't be read" in json.loads(damaged.out)["drawn"][0]["what"]
+    assert "fails its checksum" in json.loads(damaged.out)["drawn"][0]["what"]
+
+
+def test_verify_tells_of_slides_that_failed(cli: Cli, drawn_slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.svs").touch()
+    cli("run", tmp_path / "empty.svs", drawn_slide, "--out", tmp_path / "out")
+    told = cli("verify", tmp_path / "out")
+    assert told.code == 1
+    assert "empty: 1 problem\n  run: failed: empty.svs" in told.out
+    assert "drawn: sound" in told.out
+
+
+def test_a_damaged_summary_is_begun_anew(cli: Cli, drawn_slide: Path, tmp_path: Path) -> None:
+    (tmp_path / "summary.csv").write_bytes(bytes(range(128, 256)))
+    assert cli("run", drawn_slide, "--out", tmp_path).code == 0
+    with (tmp_path / "summary.csv").open() as file:
+        assert [row["slide_id"] for row in csv.DictReader(file)] == ["drawn"]
+
+
+def test_random_weights_are_said(cli: Cli, drawn_slide: Path, tmp_path: Path) -> None:
+    told = cli("run", drawn_slide, "--out", tmp_path, "--encoder", "timm.test_vit", "--set", "tiles.mpp=2")
+    assert told.code == 0
+    assert "note: timm.test_vit: random weights" in told.err
 
 
 def test_info_as_text_and_json(cli: Cli, drawn_slide: Path) -> None:

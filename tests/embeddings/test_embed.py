@@ -1,5 +1,7 @@
 """The embedding stage: chunks whole, bad tiles quarantined, times accounted for."""
 
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +9,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pathopipe.cli.progress import describe_outcome
 from pathopipe.config import EmbedConfig, TilesConfig
+from pathopipe.embeddings import embed
 from pathopipe.embeddings.catalog import find_encoder
-from pathopipe.embeddings.embed import build_encoder, embed_chunks, judge_rows
+from pathopipe.embeddings.embed import EmbedReport, build_encoder, embed_chunks, judge_rows
 from pathopipe.errors import TileReadError, UsageError
 from pathopipe.geometry import Region
+from pathopipe.pipeline import SlideOutcome
 from pathopipe.records import TileGrid, Tissue
 from pathopipe.slide.array import ArraySlide
 from pathopipe.store import EmbeddingArray, SlideStore
 from pathopipe.tiles.grid import plan_grid
+from pathopipe.tiles.read import TileBatch
 
 PIXELS = np.random.default_rng(1).integers(0, 200, (256, 256, 3)).astype(np.uint8)
 
@@ -35,6 +41,7 @@ class Means:
     features = 2
     identity: dict[str, Any] = {"name": "means"}  # noqa: RUF012
     about: dict[str, Any] = {}  # noqa: RUF012
+    ahead = 0
 
     def __init__(self, planted: dict[int, float] | None = None) -> None:
         self.planted = planted or {}
@@ -50,6 +57,10 @@ class Means:
         self.seen += len(images)
         planted = [self.planted.get(int(row), 0.0) for row in rows]
         return np.stack([images[..., 0].mean(axis=(1, 2)), planted], axis=1).astype(np.float32)
+
+    def start(self, images: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        computed = self.encode(images)
+        return lambda: computed
 
 
 def make(tmp_path: Path, chunk_rows: int = 10, dtype: str = "float16") -> tuple[TileGrid, EmbeddingArray]:
@@ -109,6 +120,125 @@ def test_reports_tiles_and_faults(tmp_path: Path) -> None:
     assert rows.done_chunks() == [0, 3]
 
 
+@pytest.mark.parametrize(
+    ("waiting_s", "model_s", "write_s", "limit"),
+    [(2.0, 1.0, 0.5, "reading"), (1.0, 2.0, 0.5, "model"), (0.1, 0.2, 0.5, "writing")],
+)
+def test_the_longest_part_of_the_loop_is_the_limit(
+    waiting_s: float, model_s: float, write_s: float, limit: str
+) -> None:
+    # Seconds of reading pass beside the loop: they slow it only where it waits for tiles.
+    report = EmbedReport(tiles=1, read_s=9.0, model_s=model_s, waiting_s=waiting_s, write_s=write_s)
+    assert report.limited_by() == limit
+
+
+def test_a_loop_that_did_nothing_has_no_limit() -> None:
+    assert EmbedReport().limited_by() is None
+
+
+class Slow(ArraySlide):
+    def read(self, region: Region) -> NDArray[np.uint8]:
+        time.sleep(0.005)
+        return super().read(region)
+
+
+class SlowMeans(Means):
+    def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        time.sleep(0.02)
+        return super().encode(images)
+
+
+@pytest.mark.parametrize(
+    ("slide_type", "encoder", "limit"), [(Slow, Means(), "reading"), (ArraySlide, SlowMeans(), "model")]
+)
+def test_the_times_of_a_run_show_what_is_slow(
+    tmp_path: Path, slide_type: type[ArraySlide], encoder: Means, limit: str
+) -> None:
+    grid, rows = make(tmp_path, chunk_rows=64)
+    slide = slide_type(PIXELS, mpp=0.5, slide_id="s")
+    began = time.perf_counter()
+    report = embed_chunks(slide, grid, rows, encoder, [0], batch_size=4, threads=1)
+    whole = time.perf_counter() - began
+    assert report.limited_by() == limit
+    assert 0.8 * whole < report.model_s + report.waiting_s + report.write_s <= whole
+
+
+class OneAhead(Means):
+    """Like a device: results come when they are fetched, a batch is started before the last one is."""
+
+    ahead = 1
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self.log = log
+        self.n_started = 0
+
+    def start(self, images: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        number = self.n_started
+        self.n_started += 1
+        self.log.append(f"start {number}")
+        on_device = images.copy()
+
+        def fetch() -> NDArray[np.float32]:
+            self.log.append(f"fetch {number}")
+            return super(OneAhead, self).encode(on_device)
+
+        return fetch
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overwrites the tiles of a batch as soon as the next one is asked for, as readers that are ahead do."""
+    stream = embed.stream_batches
+
+    def poisoning(*arguments: Any, **settings: Any) -> Generator[TileBatch, None, None]:
+        for batch in stream(*arguments, **settings):
+            yield batch
+            batch.images[:] = 255
+
+    monkeypatch.setattr(embed, "stream_batches", poisoning)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_the_next_batch_starts_before_the_last_is_fetched(tmp_path: Path) -> None:
+    expected = run(tmp_path / "plain", Means())
+    grid, rows = make(tmp_path)
+    log: list[str] = []
+    told: list[int] = []
+    report = embed_chunks(
+        ArraySlide(PIXELS, mpp=0.5, slide_id="s"),
+        grid,
+        rows,
+        OneAhead(log),
+        range(rows.n_chunks),
+        batch_size=4,
+        threads=2,
+        on_tiles=lambda n: (told.append(n), log.append("told"))[0],
+    )
+    n_batches = 19
+    assert log[:5] == ["start 0", "start 1", "fetch 0", "told", "start 2"]
+    assert [line for line in log if line.startswith("start")] == [f"start {n}" for n in range(n_batches)]
+    assert [line for line in log if line.startswith("fetch")] == [f"fetch {n}" for n in range(n_batches)]
+    assert (report.tiles, sum(told)) == (64, 64)
+    assert np.array_equal(rows.read_values(), expected.read_values())
+    assert np.array_equal(rows.read_status(), expected.read_status())
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_device_that_fails_keeps_what_was_written(tmp_path: Path) -> None:
+    class Failing(OneAhead):
+        def start(self, images: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+            if self.n_started == 7:
+                raise RuntimeError("the device is gone")
+            return super().start(images)
+
+    grid, rows = make(tmp_path)
+    slide = ArraySlide(PIXELS, mpp=0.5, slide_id="s")
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        embed_chunks(slide, grid, rows, Failing([]), range(rows.n_chunks), batch_size=4, threads=2)
+    assert rows.done_chunks() == [0, 1]
+
+
 def test_what_was_finished_before_a_crash_stays(tmp_path: Path) -> None:
     class Crashing(Means):
         def encode(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -144,3 +274,13 @@ def test_the_handcrafted_encoder_fits_the_protocol() -> None:
     values = encoder.encode(images)
     assert values.shape == (2, encoder.features)
     assert np.array_equal(values[0], values[1])
+
+
+def test_the_line_of_a_slide_says_where_time_went() -> None:
+    report = EmbedReport(tiles=9, read_s=2.0, model_s=5.04, waiting_s=0.26, write_s=0.1)
+    outcome = SlideOutcome(
+        "s", "done", tiles=9, did=("tiles", "handcrafted"), seconds=7.0, prepare_s=1.5, report=report
+    )
+    said = describe_outcome(outcome)
+    assert "prepare 1.5 s, read 2.0 s, model 5.0 s, waiting 0.3 s, write 0.1 s · embedding limited by model" in said
+    assert "limited" not in describe_outcome(SlideOutcome("s", "done"))

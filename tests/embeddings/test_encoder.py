@@ -1,5 +1,6 @@
 """Networks as encoders: seeds, weights, transforms, and what goes wrong with weights files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from pathopipe.embeddings.catalog import find_encoder
-from pathopipe.embeddings.encoder import NetworkEncoder
+from pathopipe.embeddings.encoder import NetworkEncoder, _HostLane
 from pathopipe.errors import EncoderError, UsageError
 
 TINY = find_encoder("timm.test_vit")
@@ -17,7 +18,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (5, 200, 200, 3)).astype(np.u
 
 
 def build(weights: Path | None = None, **settings: object) -> NetworkEncoder:
-    return NetworkEncoder(TINY, weights=weights, device="cpu", **settings)  # type: ignore[arg-type]
+    return NetworkEncoder(TINY, weights=weights, device="cpu", **{"precision": "fp32", **settings})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_a_batch_too_large_for_the_device_is_halved(monkeypatch: pytest.MonkeyPa
     sizes: list[int] = []
     forward = encoder._forward
 
-    def small(images: np.ndarray) -> np.ndarray:
+    def small(images: torch.Tensor) -> torch.Tensor:
         sizes.append(len(images))
         if len(images) > 2:
             raise torch.cuda.OutOfMemoryError
@@ -159,12 +160,76 @@ def test_a_batch_too_large_for_the_device_is_halved(monkeypatch: pytest.MonkeyPa
 def test_not_even_one_tile_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = build()
 
-    def never(images: np.ndarray) -> np.ndarray:
+    def never(images: torch.Tensor) -> torch.Tensor:
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(encoder, "_forward", never)
     with pytest.raises(EncoderError, match="no memory for one tile"):
         encoder.encode(IMAGES)
+
+
+class _LoggedLane(_HostLane):
+    """A device whose copies are not done until they are waited for."""
+
+    ahead = 1
+
+    def __init__(self) -> None:
+        self.underway: list[np.ndarray] = []
+        self.log: list[str] = []
+
+    def send(self, images: np.ndarray) -> torch.Tensor:
+        self.underway.append(images)
+        self.log.append(f"send {len(images)}")
+        return super().send(images.copy())
+
+    def wait_for_copies(self) -> None:
+        self.underway.clear()
+        self.log.append("copied")
+
+    def fetch(self, features: torch.Tensor) -> Callable[[], np.ndarray]:
+        values = super().fetch(features)
+
+        def wait() -> np.ndarray:
+            self.log.append(f"arrived {len(features)}")
+            return values()
+
+        return wait
+
+
+def test_tiles_may_be_overwritten_once_a_batch_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build()
+    expected = encoder.encode(IMAGES)
+    lane = _LoggedLane()
+    monkeypatch.setattr(encoder, "_lane", lane)
+    buffer = IMAGES[:3].copy()
+    first = encoder.start(buffer)
+    assert not lane.underway
+    buffer[:2] = IMAGES[3:]
+    second = encoder.start(buffer[:2])
+    assert lane.log == ["send 3", "copied", "send 2", "copied"]
+    assert np.allclose(first(), expected[:3], atol=1e-5)
+    assert np.allclose(second(), expected[3:], atol=1e-5)
+    assert lane.log[4:] == ["arrived 3", "arrived 2"]
+
+
+def test_running_out_of_memory_loses_no_batch_underway(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build()
+    expected = encoder.encode(IMAGES)
+    lane = _LoggedLane()
+    monkeypatch.setattr(encoder, "_lane", lane)
+    before = encoder.start(IMAGES)
+    forward = encoder._forward
+
+    def small(images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 2:
+            raise torch.cuda.OutOfMemoryError
+        return forward(images)
+
+    monkeypatch.setattr(encoder, "_forward", small)
+    after = encoder.start(IMAGES)
+    assert lane.log == ["send 5", "copied", "send 5", "copied", "send 2", "send 2", "send 1", "copied"]
+    assert np.allclose(before(), expected, atol=1e-5)
+    assert np.allclose(after(), expected, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -177,3 +242,21 @@ def test_the_gpu_agrees_with_the_cpu() -> None:
         gpu = encoder.encode(buffer)
         cosine = (cpu * gpu).sum(1) / np.linalg.norm(cpu, axis=1) / np.linalg.norm(gpu, axis=1)
         assert cosine.min() > least
+
+
+@pytest.mark.gpu
+def test_batches_that_overlap_on_the_gpu_are_not_mixed_up() -> None:
+    encoder = NetworkEncoder(TINY, weights=None, device="cuda", precision="fp32")
+    many = np.random.default_rng(1).integers(0, 256, (16, 32, 224, 224, 3)).astype(np.uint8)
+    expected = [encoder.encode(images) for images in many]
+    buffer = encoder.allocate(many[0].shape)
+    results: list[np.ndarray] = []
+    waiting: list[Callable[[], np.ndarray]] = []
+    for images in many:
+        buffer[:] = images
+        waiting.append(encoder.start(buffer))
+        buffer[:] = 0
+        if len(waiting) > encoder.ahead:
+            results.append(waiting.pop(0)())
+    results += [result() for result in waiting]
+    assert all(np.allclose(one, other, atol=1e-4) for one, other in zip(results, expected, strict=True))

@@ -1,5 +1,6 @@
 """The arithmetic of the grid."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +169,41 @@ def test_a_slide_smaller_than_a_tile() -> None:
 def test_grid_names_say_side_and_mpp() -> None:
     assert grid_name(TilesConfig()) == "256px-0.5um"
     assert grid_name(TilesConfig(side_px=512, mpp=1)) == "512px-1um"
+
+
+@pytest.mark.parametrize(
+    ("mpp", "wanted", "scales", "settings", "resample"),
+    [
+        (0.25, 0.5, (2, 4, 8), {}, "dct"),
+        (0.2485, 0.5, (2, 4, 8), {}, "dct"),
+        (0.125, 1.0, (2, 4, 8), {}, "dct"),
+        (0.25, 0.5, (2, 4, 8), {"resample": "area"}, "area"),
+        (0.25, 0.5, (), {}, "area"),
+        (0.125, 1.0, (2, 4), {}, "area"),
+        (0.125, 2.0, (2, 4, 8), {}, "area"),
+        (0.24, 0.5, (2, 4, 8), {}, "area"),
+        (0.25, 0.75, (2, 4, 8), {}, "area"),
+        (0.5, 0.5, (2, 4, 8), {}, "none"),
+        (0.25, 0.5, (2, 4, 8), {"overlap_px": 37}, "dct"),
+    ],
+)
+def test_jpeg_blocks_are_shrunk_where_the_factor_is_exact(
+    mpp: float, wanted: float, scales: tuple[int, ...], settings: dict[str, object], resample: str
+) -> None:
+    info = info_of(20_000, 20_000)
+    info = replace(info, levels=(replace(info.levels[0], scales=scales),))
+    config = TilesConfig.model_validate({"mpp": wanted, **settings})
+    grid = plan_grid(info, (mpp, mpp), tissue_of(np.ones((20, 30))), config)
+    assert grid.resample == resample
+    if resample == "dct":
+        assert (grid.xy_l0 % (grid.read_px[0] // grid.side_px) == 0).all()
+
+
+def test_a_level_that_fits_is_read_as_it_is() -> None:
+    info = info_of(20_000, 20_000, (1.0, 2.0))
+    info = replace(info, levels=tuple(replace(level, scales=(2, 4, 8)) for level in info.levels))
+    grid = plan_grid(info, (0.25, 0.25), tissue_of(np.ones((20, 30))), TilesConfig())
+    assert (grid.level, grid.resample) == (1, "none")
+    # The coarsest level that is still finer is shrunk, not the finest.
+    grid = plan_grid(info, (0.25, 0.25), tissue_of(np.ones((20, 30))), TilesConfig(mpp=2))
+    assert (grid.level, grid.resample, grid.read_px) == (1, "dct", (1024, 1024))
