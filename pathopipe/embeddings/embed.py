@@ -140,8 +140,7 @@ def build_encoder(name: str, config: EmbedConfig, *, mpp: tuple[float, float], t
     """
     spec = find_encoder(name)
     if spec.loader == "handcrafted":
-        # Its many small array operations hold the interpreter's lock: a second thread gains nothing (measured), a
-        # second worker does not.
+        # Its many small array operations hold the interpreter's lock: a second thread gains nothing (measured).
         return HandcraftedEncoder(spec, mpp=mpp)
     import torch
 
