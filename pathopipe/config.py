@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pathopipe.errors import UsageError
 from pathopipe.registry import nearest
 
-__all__ = ["Config", "EmbedConfig", "SlideConfig", "TilesConfig", "TissueConfig", "load_config"]
+__all__ = ["Config", "EmbedConfig", "SegmentConfig", "SlideConfig", "TilesConfig", "TissueConfig", "load_config"]
 
 
 class _Section(BaseModel):
@@ -90,6 +90,24 @@ class EmbedConfig(_Section):
     """Seed of random weights."""
 
 
+class SegmentConfig(_Section):
+    """How objects are found."""
+
+    model: Literal["classical"] = "classical"
+    """``classical``: nuclei by stain, local threshold and parting of touching ones; no weights."""
+    tasks: tuple[str, ...] = Field(default=("nuclei",), min_length=1)
+    """Layers to find: ``nuclei``, and ``cells`` grown from them."""
+    region_px: int = Field(default=2048, ge=256, le=1_000_000)
+    """Side of the regions that are finished at once, in pixels of the model's resolution; it decides memory and what a
+    kill can lose, never the objects. Rounded up to whole windows of the model."""
+    cell_expansion_um: float = Field(default=5.0, gt=0, le=20)
+    """How far a cell reaches beyond its nucleus, where no other cell is nearer."""
+    allow_enlarge: bool = False
+    """Look for objects on slides that were scanned coarser than the model wants; refused otherwise."""
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """A slide fails when more than this share of its windows can't be read."""
+
+
 class Config(_Section):
     """Every setting, one section a stage."""
 
@@ -97,6 +115,7 @@ class Config(_Section):
     tissue: TissueConfig = TissueConfig()
     tiles: TilesConfig = TilesConfig()
     embed: EmbedConfig = EmbedConfig()
+    segment: SegmentConfig = SegmentConfig()
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -144,7 +163,7 @@ def _apply_override(settings: dict[str, Any], text: str) -> None:
     target = settings.setdefault(section, {})
     if not isinstance(target, dict):
         raise UsageError(f"--set {text}: '{section}' is not a section")
-    if name == "encoder" and isinstance(parsed, str):
+    if name in ("encoder", "tasks") and isinstance(parsed, str):
         parsed = [part.strip() for part in parsed.split(",") if part.strip()]
     target[name] = parsed
 

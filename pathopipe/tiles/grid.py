@@ -14,7 +14,16 @@ from pathopipe.config import TilesConfig
 from pathopipe.errors import SlideError
 from pathopipe.records import Level, SlideInfo, TileGrid, Tissue
 
-__all__ = ["BLOCK_TILES", "GRID_VERSION", "check_fit", "grid_name", "plan_grid", "tile_starts"]
+__all__ = [
+    "BLOCK_TILES",
+    "GRID_VERSION",
+    "Windows",
+    "check_fit",
+    "grid_name",
+    "plan_grid",
+    "plan_windows",
+    "tile_starts",
+]
 
 GRID_VERSION = 1
 """Raised whenever the same settings would give other tiles."""
@@ -24,6 +33,9 @@ BLOCK_TILES = 16
 
 EXACT_TOLERANCE = 0.02
 """A native mpp times a power of two this near to the wanted one is taken as it is: 0.2485 serves 0.5."""
+
+
+_SOME_TISSUE = 1e-6
 
 
 def grid_name(config: TilesConfig) -> str:
@@ -89,6 +101,92 @@ def check_fit(info: SlideInfo, mpp_l0: tuple[float, float], config: TilesConfig)
             slide_id=info.slide_id,
         )
     return axes
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Overlapping tiles on one fixed lattice, for networks that need context around what they say.
+
+    The cores of the windows tile the slide from its top-left corner, and a core is a whole number of level-0 pixels
+    wide. So level-0 is the working grid times ``factor_l0``, exactly and everywhere.
+    """
+
+    grid: TileGrid
+    """The windows as tiles; those at the slide's edge begin outside it."""
+    place: NDArray[np.int64]
+    """(N, 2) column and row of each window in the lattice."""
+    factor_l0: tuple[float, float]
+    """Level-0 pixels a pixel of the working grid, x then y."""
+    size_px: tuple[int, int]
+    """Width and height of the slide in the working grid, rounded up."""
+
+
+def plan_windows(
+    info: SlideInfo,
+    mpp_l0: tuple[float, float],
+    tissue: Tissue,
+    *,
+    mpp: float,
+    core_px: int,
+    margin_px: int,
+    allow_enlarge: bool,
+) -> Windows:
+    """Lay a lattice of windows over a slide and keep those that see tissue, in rows from the top.
+
+    Args:
+        info: The slide.
+        mpp_l0: Micrometres per level-0 pixel, x then y.
+        tissue: Where its tissue is.
+        mpp: Micrometres per pixel of the windows.
+        core_px: Side of the part of a window that is its own; a multiple of ``margin_px``.
+        margin_px: What it sees beyond that on each side.
+        allow_enlarge: Allow windows finer than the slide was scanned.
+
+    Raises:
+        SlideError: The slide is coarser than ``mpp``.
+    """
+    side_px = core_px + 2 * margin_px
+    config = TilesConfig(side_px=side_px, mpp=mpp, overlap_px=2 * margin_px, allow_enlarge=allow_enlarge)
+    margins_l0, factors = [], []
+    for um in mpp_l0:
+        factor = _fit_axis(um, config).factor
+        if factor < 1 and not allow_enlarge:
+            raise SlideError(
+                f"{info.slide_id}: scanned at {um:g} um/px, coarser than the {mpp:g} um/px at which objects are looked "
+                "for; use a finer scan, or allow blurred windows with --set segment.allow_enlarge=true",
+                slide_id=info.slide_id,
+            )
+        # A whole margin in level-0 pixels makes core, window and every corner whole, too; at most half a pixel in
+        # margin_px is given up for it.
+        margins_l0.append(max(1, round(margin_px * factor)))
+        factors.append(margins_l0[-1] / margin_px)
+    stride_l0 = [margin * (core_px // margin_px) for margin in margins_l0]
+    side_l0 = (stride_l0[0] + 2 * margins_l0[0], stride_l0[1] + 2 * margins_l0[1])
+    starts = [
+        np.arange(-(-length // stride), dtype=np.int64) * stride - margin
+        for length, stride, margin in zip(info.dims_l0, stride_l0, margins_l0, strict=True)
+    ]
+    # Any tissue at all that a window sees, but not what rounding leaves of none.
+    xy_l0, fraction = _kept_tiles(starts[0], starts[1], side_l0, info.dims_l0, tissue.mask, _SOME_TISSUE)
+    place = (xy_l0 + margins_l0) // stride_l0
+    order = np.lexsort((place[:, 0], place[:, 1]))
+    level, read_px = _choose_level(info.levels, side_l0, side_px)
+    grid = TileGrid(
+        name=f"windows-{core_px}px-{mpp:g}um",
+        side_px=side_px,
+        mpp=mpp,
+        achieved_mpp=(mpp_l0[0] * factors[0], mpp_l0[1] * factors[1]),
+        overlap_px=2 * margin_px,
+        side_l0=side_l0,
+        stride_l0=(float(stride_l0[0]), float(stride_l0[1])),
+        level=level,
+        read_px=read_px,
+        resample=_resampling(info.levels[level], read_px, [float(margin) for margin in margins_l0], config),
+        xy_l0=xy_l0[order],
+        tissue_fraction=fraction[order],
+    )
+    size_px = (math.ceil(info.dims_l0[0] / factors[0]), math.ceil(info.dims_l0[1] / factors[1]))
+    return Windows(grid, place[order], (factors[0], factors[1]), size_px)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Objects of a slide: models, post-processing, stitching, measurements and metrics."""
