@@ -8,10 +8,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from shapely.geometry import Polygon
 
-__all__ = ["BoxL0", "Ragged", "Region", "polygons_from_ragged", "polygons_to_ragged"]
+__all__ = [
+    "BoxL0",
+    "Outlines",
+    "Ragged",
+    "Region",
+    "join_outlines",
+    "outlines_from_shapes",
+    "outlines_to_shapes",
+    "polygons_from_ragged",
+    "polygons_to_ragged",
+    "take_outlines",
+]
 
 
 class BoxL0(NamedTuple):
@@ -69,3 +81,83 @@ def polygons_from_ragged(ragged: Ragged) -> list[Polygon]:
         Polygon(rings[a], rings[a + 1 : b])
         for a, b in zip(ragged.polygon_offsets, ragged.polygon_offsets[1:], strict=False)
     ]
+
+
+class Outlines(NamedTuple):
+    """The outlines of M objects as flat arrays: each object is one polygon or several, with holes.
+
+    ``vertices_l0`` is (V, 2) float32 with closed rings; ring r is ``vertices_l0[ring_offsets[r]:ring_offsets[r + 1]]``;
+    polygon p owns the rings ``polygon_offsets[p]:polygon_offsets[p + 1]``, shell first; object m owns the polygons
+    ``object_offsets[m]:object_offsets[m + 1]``. Offsets are int64, one more than there are items, and begin with 0.
+    """
+
+    vertices_l0: NDArray[np.float32]
+    ring_offsets: NDArray[np.int64]
+    polygon_offsets: NDArray[np.int64]
+    object_offsets: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls) -> "Outlines":
+        """No objects."""
+        none = np.zeros(1, np.int64)
+        return cls(np.empty((0, 2), np.float32), none, none, none)
+
+
+def outlines_to_shapes(outlines: Outlines) -> NDArray[np.object_]:
+    """(M,) shapely Polygon or, where an object has several parts, MultiPolygon."""
+    polygons = shapely.from_ragged_array(
+        shapely.GeometryType.POLYGON,
+        outlines.vertices_l0.astype(np.float64),
+        (outlines.ring_offsets, outlines.polygon_offsets),
+    )
+    n_parts = np.diff(outlines.object_offsets)
+    first = outlines.object_offsets[:-1]
+    shapes = np.empty(len(n_parts), object)
+    single = n_parts == 1
+    shapes[single] = polygons[first[single]]
+    for m in np.flatnonzero(~single).tolist():
+        shapes[m] = shapely.multipolygons(polygons[first[m] : first[m] + n_parts[m]])
+    return shapes
+
+
+def outlines_from_shapes(shapes: Sequence[object] | NDArray[np.object_]) -> Outlines:
+    """Flatten polygons and multipolygons, one object each."""
+    parts, owner = shapely.get_parts(shapes, return_index=True)
+    kind, vertices, offsets = shapely.to_ragged_array(parts) if len(parts) else (None, np.empty((0, 2)), None)
+    if offsets is None:
+        return Outlines.empty()._replace(object_offsets=np.zeros(len(shapes) + 1, np.int64))
+    if kind != shapely.GeometryType.POLYGON:
+        raise ValueError(f"outlines are of polygons, not of {kind}")
+    return Outlines(
+        vertices.astype(np.float32),
+        offsets[0].astype(np.int64),
+        offsets[1].astype(np.int64),
+        np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(shapes)))]).astype(np.int64),
+    )
+
+
+def take_outlines(outlines: Outlines, rows: NDArray[np.integer]) -> Outlines:
+    """The outlines of some objects, in the order of ``rows``."""
+    polygons, object_offsets = _take_runs(outlines.object_offsets, rows)
+    rings, polygon_offsets = _take_runs(outlines.polygon_offsets, polygons)
+    vertices, ring_offsets = _take_runs(outlines.ring_offsets, rings)
+    return Outlines(outlines.vertices_l0[vertices], ring_offsets, polygon_offsets, object_offsets)
+
+
+def join_outlines(parts: Sequence[Outlines]) -> Outlines:
+    """The outlines of several sets of objects, one after the other."""
+    if not parts:
+        return Outlines.empty()
+    offsets = [
+        np.concatenate([[0], *(np.diff(part[column]) for part in parts)]).cumsum().astype(np.int64)
+        for column in (1, 2, 3)
+    ]
+    return Outlines(np.concatenate([part.vertices_l0 for part in parts]), *offsets)
+
+
+def _take_runs(offsets: NDArray[np.int64], rows: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the items that some rows own, row after row, and the offsets of these rows among them."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    taken = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    items = np.arange(taken[-1]) + np.repeat(offsets[rows] - taken[:-1], lengths)
+    return items, taken

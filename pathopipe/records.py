@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from shapely.geometry import Polygon
 
-from pathopipe.geometry import BoxL0
+from pathopipe.geometry import BoxL0, Outlines
 
 __all__ = [
     "STATUS_NOT_FINITE",
@@ -16,6 +16,8 @@ __all__ = [
     "STATUS_UNREADABLE",
     "Level",
     "MppEvidence",
+    "ObjectClass",
+    "ObjectTable",
     "SlideInfo",
     "SlideRef",
     "TileGrid",
@@ -142,3 +144,44 @@ class TileGrid:
 
     def __len__(self) -> int:
         return len(self.xy_l0)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectClass:
+    """A class of objects."""
+
+    name: str
+    """As QuPath shows it; ``Tumor: Positive`` is the class Positive within Tumor."""
+    color: tuple[int, int, int]
+    """RGB, 0 to 255."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectTable:
+    """Objects of one layer of a slide (nuclei, cells, glands, lumina), or some consecutive rows of it.
+
+    Rows are in the order of their centroids: by y, then x.
+    """
+
+    classes: tuple[ObjectClass, ...]
+    measurement_names: tuple[str, ...]
+    """With the unit in QuPath's way: ``Area µm^2``."""
+    centroid_l0: NDArray[np.float64]
+    """(M, 2) x, y."""
+    class_id: NDArray[np.uint8]
+    """(M,) index into ``classes``."""
+    class_probability: NDArray[np.float32]
+    """(M,) NaN where the finder states none."""
+    measurements: NDArray[np.float32]
+    """(M, K), NaN where an object lacks one."""
+    outlines: Outlines
+    """M outlines in level-0 pixels of the whole scan."""
+    id: NDArray[np.uint8]
+    """(M, 16) the bytes of each object's UUID."""
+    parent: NDArray[np.int64]
+    """(M,) row in the layer ``parent_layer``; -1 where there is none."""
+    parent_layer: str | None = None
+    """``glands`` for nuclei and lumina; ``nuclei`` for cells: the nucleus that a cell was grown from."""
+
+    def __len__(self) -> int:
+        return len(self.centroid_l0)

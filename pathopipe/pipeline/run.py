@@ -1,12 +1,9 @@
-"""The stages of one slide, in order: tissue, tiles, embeddings, and the pictures beside them. No science in here."""
+"""The stages of one slide that ``run`` goes through: tissue, tiles, embeddings. No science in here."""
 
-import contextlib
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -14,52 +11,27 @@ import pathopipe
 from pathopipe.config import Config
 from pathopipe.embeddings.catalog import find_encoder
 from pathopipe.embeddings.embed import EmbedReport, Encoder, build_encoder, embed_chunks
-from pathopipe.errors import StoreError, TooManyBadTilesError, UsageError
-from pathopipe.export.tissue import write_tissue_outline
-from pathopipe.records import STATUS_OK, SlideRef, TileGrid, Tissue
-from pathopipe.report.thumbnail import LONGEST_SIDE_PX, draw_thumbnail, write_png
+from pathopipe.errors import TooManyBadTilesError
+from pathopipe.pipeline.common import RunPlan, given_mask, inputs_below, opened, tissue_stage, write_pictures
+from pathopipe.records import STATUS_OK, SlideRef, TileGrid
 from pathopipe.slide.base import Slide
-from pathopipe.slide.open import open_slide
-from pathopipe.slide.overview import read_overview
 from pathopipe.slide.resolution import require_mpp
 from pathopipe.store import EmbeddingArray, SlideStore, digest, store_path
 from pathopipe.tiles.grid import GRID_VERSION, check_fit, grid_name, plan_grid
-from pathopipe.tissue import TISSUE_VERSION, find_tissue
+from pathopipe.tissue import find_tissue
 
 __all__ = [
     "Prepared",
-    "RunPlan",
     "SlideOutcome",
-    "Stage",
     "check_plan",
     "embed_pending",
     "finish_slide",
-    "outline_path",
     "prepare_slide",
     "run_slide",
-    "thumbnail_path",
 ]
 
-Stage = Literal["tissue", "tiles", "embed"]
-_ORDER: tuple[Stage, ...] = ("tissue", "tiles", "embed")
 _BATCH_SIZE = {"handcrafted": 32, "cpu": 32, "cuda": 256}
 _CHUNK_ROWS = {"handcrafted": 256, "cpu": 256, "cuda": 1024}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunPlan:
-    """What is to be done with every slide; crosses process borders."""
-
-    out: Path
-    config: Config = field(default_factory=Config)
-    stages: tuple[Stage, ...] = _ORDER
-    """Which stages to compute; what they stand on must be in the store."""
-    fresh: Stage | None = None
-    """Stage to forget first, with all that depends on it."""
-    retry_bad: bool = False
-    """Compute chunks with quarantined tiles again."""
-    threads: int = 1
-    """Threads that a process may keep busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +69,6 @@ class SlideOutcome:
     report: EmbedReport = field(default_factory=EmbedReport)
 
 
-def outline_path(out: Path, slide_id: str) -> Path:
-    """Where the tissue outline of a slide goes."""
-    return out / "geojson" / f"{slide_id}.tissue.geojson"
-
-
-def thumbnail_path(out: Path, slide_id: str) -> Path:
-    """Where the picture of a slide goes."""
-    return out / "thumbnails" / f"{slide_id}.png"
-
-
 def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> list[str]:
     """Find what is wrong with a plan before any slide is touched; builds its encoders.
 
@@ -118,7 +80,7 @@ def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> list[str]:
         EncoderError: The weights don't fit.
     """
     for ref in refs:
-        _given_mask(ref.slide_id, plan.config)
+        given_mask(ref.slide_id, plan.config)
     tile_mpp = (plan.config.tiles.mpp, plan.config.tiles.mpp)
     encoders = {name: _encoder(name, plan, tile_mpp) for name in plan.config.embed.encoder}
     return [f"{name}: {encoder.about['warning']}" for name, encoder in encoders.items() if encoder.about.get("warning")]
@@ -155,7 +117,7 @@ def run_slide(
 def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
     """Tissue and tiles of a slide, and the list of chunks that are still to be embedded."""
     started = time.perf_counter()
-    with _opened(ref, plan.config) as slide:
+    with opened(ref, plan.config) as slide:
         store, fresh = SlideStore(store_path(plan.out, ref.slide_id)), plan.fresh
         if plan.retry_bad and store.inputs("tissue") and store.read_tissue().unreadable_share > 0:
             fresh = "tissue"  # it was looked for on a damaged picture
@@ -170,13 +132,13 @@ def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
         did = []
         tissue, grid = None, None
         if "tissue" in plan.stages:
-            tissue, computed = _tissue_stage(slide, store, plan.config, found)
+            tissue, computed = tissue_stage(slide, store, plan.config, found)
             did += ["tissue"] * computed
         if "tiles" in plan.stages:
             grid, computed = _tiles_stage(slide, store, plan.config, again=fresh == "tiles")
             did += ["tiles"] * computed
         if tissue is not None or grid is not None:
-            _write_pictures(slide, store, plan, tissue, grid, again=bool(did))
+            write_pictures(slide, store, plan, tissue, grid, again=bool(did))
         pending: dict[str, tuple[int, ...]] = {}
         if "embed" in plan.stages:
             grid = grid if grid is not None else _known_grid(store, plan.config)
@@ -208,7 +170,7 @@ def embed_pending(
     grid = _known_grid(store, plan.config)
     encoder = _encoder(encoder_name, plan, grid.achieved_mpp)
     batch_size = plan.config.embed.batch_size or _by_device(_BATCH_SIZE, encoder)
-    with _opened(ref, plan.config) as slide:
+    with opened(ref, plan.config) as slide:
         return embed_chunks(
             slide,
             grid,
@@ -275,52 +237,10 @@ def finish_slide(prepared: Prepared, plan: RunPlan, reports: Mapping[str, EmbedR
     )
 
 
-@contextlib.contextmanager
-def _opened(ref: SlideRef, config: Config) -> Iterator[Slide]:
-    mpp, source = (ref.mpp, "manifest") if ref.mpp is not None else (config.slide.mpp, "config")
-    slide = open_slide(ref.path, slide_id=ref.slide_id, mpp=mpp, mpp_source=source)
-    try:
-        require_mpp(slide.info)
-        yield slide
-    finally:
-        slide.close()
-
-
-def _given_mask(slide_id: str, config: Config) -> Path | None:
-    if config.tissue.mask is None:
-        return None
-    path = Path(config.tissue.mask.replace("{slide_id}", slide_id))
-    if not path.is_file():
-        raise UsageError(f"{slide_id}: tissue.mask={config.tissue.mask}, but there is no file {path}")
-    return path
-
-
-def _tissue_inputs(slide: Slide, config: Config) -> dict[str, Any]:
-    settings = config.tissue.model_dump(mode="json", exclude={"mask"})
-    mask = _given_mask(slide.info.slide_id, config)
-    if mask is not None:
-        settings["mask"] = hashlib.sha256(mask.read_bytes()).hexdigest()
-    return {
-        "version": TISSUE_VERSION,
-        "slide": slide.info.fingerprint,
-        "mpp": slide.info.mpp,
-        "config": settings,
-    }
-
-
-def _tissue_stage(slide: Slide, store: SlideStore, config: Config, found: Tissue | None) -> tuple[Tissue, bool]:
-    inputs = _tissue_inputs(slide, config)
-    if store.require_inputs("tissue", "tissue", inputs):
-        return store.read_tissue(), False
-    tissue = found if found is not None else find_tissue(slide, config.tissue)
-    store.write_tissue(tissue, inputs)
-    return tissue, True
-
-
 def _tiles_stage(slide: Slide, store: SlideStore, config: Config, *, again: bool) -> tuple[TileGrid, bool]:
     inputs = {
         "version": GRID_VERSION,
-        "tissue": digest(_inputs_below(store, "tissue", "tissue")),
+        "tissue": digest(inputs_below(store, "tissue", "tissue")),
         "config": config.tiles.model_dump(mode="json"),
     }
     name = grid_name(config.tiles)
@@ -335,7 +255,7 @@ def _tiles_stage(slide: Slide, store: SlideStore, config: Config, *, again: bool
 
 def _embedding_array(slide: Slide, store: SlideStore, grid: TileGrid, name: str, plan: RunPlan) -> EmbeddingArray:
     encoder = _encoder(name, plan, grid.achieved_mpp)
-    inputs = {"tiles": digest(_inputs_below(store, f"tiles/{grid.name}", "tiles")), "encoder": encoder.identity}
+    inputs = {"tiles": digest(inputs_below(store, f"tiles/{grid.name}", "tiles")), "encoder": encoder.identity}
     if store.require_inputs(f"embeddings/{grid.name}/{name}", "embed", inputs):
         return store.embeddings(grid.name, name)
     return store.create_embeddings(
@@ -349,19 +269,9 @@ def _embedding_array(slide: Slide, store: SlideStore, grid: TileGrid, name: str,
     )
 
 
-def _inputs_below(store: SlideStore, group: str, stage: str) -> dict[str, Any]:
-    inputs = store.inputs(group)
-    if inputs is None:
-        slide_id = store.path.stem
-        raise StoreError(
-            f"{slide_id}: {group} is not there yet; run 'pathopipe {stage} SLIDE --out DIR' first", slide_id=slide_id
-        )
-    return inputs
-
-
 def _known_grid(store: SlideStore, config: Config) -> TileGrid:
     name = grid_name(config.tiles)
-    _inputs_below(store, f"tiles/{name}", "tiles")
+    inputs_below(store, f"tiles/{name}", "tiles")
     return store.read_grid(name)
 
 
@@ -380,18 +290,3 @@ def _encoder(name: str, plan: RunPlan, tile_mpp: tuple[float, float]) -> Encoder
 def _by_device(sizes: Mapping[str, int], encoder: Encoder) -> int:
     name = encoder.identity["name"]
     return sizes[name] if name in sizes else sizes[encoder.about["device"]]
-
-
-def _write_pictures(
-    slide: Slide, store: SlideStore, plan: RunPlan, tissue: Tissue | None, grid: TileGrid | None, *, again: bool
-) -> None:
-    tissue = tissue if tissue is not None else store.read_tissue()
-    slide_id = slide.info.slide_id
-    outline, thumbnail = outline_path(plan.out, slide_id), thumbnail_path(plan.out, slide_id)
-    if again or not outline.exists():
-        write_tissue_outline(outline, slide_id, tissue, slide.info.bounds_l0)
-    if again or not thumbnail.exists():
-        mpp = require_mpp(slide.info)
-        longest_um = max(side * um for side, um in zip(slide.info.dims_l0, mpp, strict=True))
-        overview = read_overview(slide, max(*mpp, longest_um / LONGEST_SIDE_PX))
-        write_png(thumbnail, draw_thumbnail(overview, slide.info.dims_l0, tissue, grid))

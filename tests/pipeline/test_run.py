@@ -17,7 +17,8 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
-from pathopipe import cluster, pipeline
+from pathopipe import cluster
+from pathopipe.pipeline import common, run
 from pathopipe.cluster import run_cohort
 from pathopipe.config import Config, load_config
 from pathopipe.errors import (
@@ -100,9 +101,8 @@ def test_a_second_run_computes_nothing(undisturbed: Path, ref: SlideRef, monkeyp
     def never(*arguments: object, **named: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(pipeline, "embed_chunks", never)
-    monkeypatch.setattr(pipeline, "find_tissue", never)
-    monkeypatch.setattr(pipeline, "plan_grid", never)
+    for module, name in ((run, "embed_chunks"), (run, "find_tissue"), (common, "find_tissue"), (run, "plan_grid")):
+        monkeypatch.setattr(module, name, never)
     outcome = run_slide(ref, plan_of(undisturbed))
     assert outcome.did == ()
     assert outcome.tiles > 10
@@ -146,7 +146,7 @@ def test_other_settings_are_refused_and_fresh_is_the_way_out(ref: SlideRef, tmp_
 
 def test_a_changed_tissue_alone_is_not_mixed_with_old_tiles(ref: SlideRef, tmp_path: Path) -> None:
     run_slide(ref, plan_of(tmp_path))
-    SlideStore.open(store_path(tmp_path, "drawn"))._clear("tissue")
+    SlideStore.open(store_path(tmp_path, "drawn")).clear("tissue")
     with pytest.raises(StoreChangedError, match="tiles/256px-0.5um was made from other inputs"):
         run_slide(ref, plan_of(tmp_path, "tissue.mpp=16"))
 
@@ -217,7 +217,7 @@ class Faulty:
 @pytest.fixture
 def plant_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Region], bool]], None]]:
     def plant(is_bad: Callable[[Region], bool]) -> None:
-        monkeypatch.setattr(pipeline, "open_slide", lambda *a, **k: Faulty(open_slide(*a, **k), is_bad))
+        monkeypatch.setattr(common, "open_slide", lambda *a, **k: Faulty(open_slide(*a, **k), is_bad))
 
     yield plant
     monkeypatch.undo()
@@ -274,7 +274,7 @@ def test_a_slide_that_can_hardly_be_read_is_not_a_slide_without_tissue(
     def half(region: Region) -> bool:
         return region.x_l0 < 1200
 
-    monkeypatch.setattr(pipeline, "open_slide", lambda *a, **k: Faulty(open_slide(*a, **k), half, tiles_only=False))
+    monkeypatch.setattr(common, "open_slide", lambda *a, **k: Faulty(open_slide(*a, **k), half, tiles_only=False))
     for _ in range(2):
         with pytest.raises(TooManyBadTilesError, match=r"\d\d% of the slide's area can't be read.*--retry-bad"):
             run_slide(ref, plan_of(tmp_path, "embed.max_bad_share=0.4"))
@@ -312,7 +312,7 @@ def test_a_bug_in_one_slide_is_logged_with_its_traceback(
     def broken(*arguments: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(pipeline, "find_tissue", broken)
+    monkeypatch.setattr(common, "find_tissue", broken)
     outcome = run_cohort([SlideRef("s", drawn_slide)], plan_of(tmp_path))[0]
     assert "unexpected ZeroDivisionError (planted)" in outcome.reason
     assert "in broken" in (tmp_path / "logs" / "s.txt").read_text()

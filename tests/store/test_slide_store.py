@@ -275,7 +275,9 @@ def test_digest_does_not_depend_on_order() -> None:
     assert digest({"a": 1}) != digest({"a": 2})
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "golden").glob("v*.zarr")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "golden").glob("v*.zarr")), ids=lambda path: path.name
+)
 def test_stores_of_every_version_are_read(path: Path) -> None:
     """Written by an earlier release; read for ever."""
     store = SlideStore.open(path)

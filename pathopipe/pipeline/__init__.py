@@ -1,0 +1,26 @@
+"""The stages of one slide, in order, over one store."""
+
+from pathopipe.pipeline.common import RunPlan, Stage, outline_path, thumbnail_path
+from pathopipe.pipeline.run import (
+    Prepared,
+    SlideOutcome,
+    check_plan,
+    embed_pending,
+    finish_slide,
+    prepare_slide,
+    run_slide,
+)
+
+__all__ = [
+    "Prepared",
+    "RunPlan",
+    "SlideOutcome",
+    "Stage",
+    "check_plan",
+    "embed_pending",
+    "finish_slide",
+    "outline_path",
+    "prepare_slide",
+    "run_slide",
+    "thumbnail_path",
+]

@@ -1,0 +1,249 @@
+"""The objects of a slide in its store: parts by region while it is segmented, then one set of flat arrays a layer."""
+
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from pathopipe.errors import StoreError
+from pathopipe.files import durable_file
+from pathopipe.geometry import Outlines
+from pathopipe.records import ObjectClass, ObjectTable
+from pathopipe.store.groups import Groups, Problem
+
+__all__ = ["ObjectArray", "PartTable", "write_objects"]
+
+_BATCH_ROWS = 20_000
+_CHUNK_ROWS = 65_536
+_CHUNK_VERTICES = 524_288
+
+
+class PartTable:
+    """What single regions found: one file a region, whole or absent."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def done(self) -> set[str]:
+        """Names of the regions that are there."""
+        return {path.stem for path in self._folder.glob("*.npz")}
+
+    def write(self, region: str, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Store the arrays of one region."""
+        with durable_file(self._folder / f"{region}.npz") as file:
+            np.savez(file, allow_pickle=False, **columns)
+
+    def read(self, region: str, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """The arrays of one region, or some of them.
+
+        Raises:
+            StoreError: The file is damaged.
+        """
+        path = self._folder / f"{region}.npz"
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as columns:
+                return {name: columns[name] for name in names or columns.files}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise StoreError(
+                f"{path}: can't be read ({error}); delete this file and run the same command again"
+            ) from None
+
+
+class ObjectArray:
+    """The objects of one layer, read in pieces; rows are in the order of their centroids: by y, then x."""
+
+    COLUMNS: ClassVar = {
+        "centroid_l0": "float64",
+        "class_id": "uint8",
+        "class_probability": "float32",
+        "measurements": "float32",
+        "id": "uint8",
+        "parent": "int64",
+        "vertices_l0": "float32",
+        "ring_offsets": "int64",
+        "polygon_offsets": "int64",
+        "object_offsets": "int64",
+    }
+    """The arrays of a layer and their types."""
+
+    def __init__(self, groups: Groups, layer: str) -> None:
+        self.layer = layer
+        self._group = f"objects/{layer}"
+        self._slide_id = groups.path.stem
+        self.attributes = groups.finished(self._group)
+        """Inputs, classes, measurement names, parent layer, and what the finder left to know."""
+        self._arrays = {}
+        for name in self.COLUMNS:
+            try:
+                self._arrays[name] = zarr.open_array(groups.zarr_store, path=f"{self._group}/{name}", mode="r")
+            except FileNotFoundError:
+                raise StoreError(f"{self._slide_id}: {self._group}/{name} is missing; compute the layer anew") from None
+
+    def __len__(self) -> int:
+        return int(self._arrays["centroid_l0"].shape[0])
+
+    @property
+    def classes(self) -> tuple[ObjectClass, ...]:
+        """Names and colours, in the order of ``class_id``."""
+        return tuple(ObjectClass(each["name"], tuple(each["color"])) for each in self.attributes["classes"])
+
+    @property
+    def measurement_names(self) -> tuple[str, ...]:
+        """Names with units, one a column of the measurements."""
+        return tuple(self.attributes["measurement_names"])
+
+    @property
+    def parent_layer(self) -> str | None:
+        """The layer whose rows ``parent`` names."""
+        layer: str | None = self.attributes["parent_layer"]
+        return layer
+
+    @property
+    def n_vertices(self) -> int:
+        """Vertices of all outlines together."""
+        return int(self._arrays["vertices_l0"].shape[0])
+
+    def column(self, name: str, rows: slice = slice(None)) -> NDArray[Any]:
+        """One of the arrays that have a row an object, or some rows of it."""
+        try:
+            return np.asarray(self._arrays[name][rows])
+        except ValueError as error:
+            raise StoreError(
+                f"{self._slide_id}: {self._group}/{name} can't be read ({error}); compute the layer anew"
+            ) from None
+
+    def read(self, rows: slice = slice(None)) -> ObjectTable:
+        """Some consecutive rows, or all."""
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError("objects are read in consecutive rows")
+        stop = max(start, stop)
+        offsets = {}
+        first, last = start, stop
+        for name in ("object_offsets", "polygon_offsets", "ring_offsets"):
+            offset = self.column(name, slice(first, last + 1))
+            offsets[name] = offset - offset[0]
+            first, last = int(offset[0]), int(offset[-1])
+        here = slice(start, stop)
+        return ObjectTable(
+            classes=self.classes,
+            measurement_names=self.measurement_names,
+            centroid_l0=self.column("centroid_l0", here),
+            class_id=self.column("class_id", here),
+            class_probability=self.column("class_probability", here),
+            measurements=self.column("measurements", here),
+            outlines=Outlines(self.column("vertices_l0", slice(first, last)), *reversed(offsets.values())),
+            id=self.column("id", here),
+            parent=self.column("parent", here),
+            parent_layer=self.parent_layer,
+        )
+
+    def batches(self, rows: int = _BATCH_ROWS) -> Iterator[ObjectTable]:
+        """All objects, ``rows`` at a time; nothing where there are none."""
+        for start in range(0, len(self), rows):
+            yield self.read(slice(start, start + rows))
+
+    def problems(self) -> Iterator[Problem]:
+        """Contradictions between the arrays; unreadable ones are found by :meth:`SlideStore.problems`."""
+        n = len(self)
+        for name in ("class_id", "class_probability", "measurements", "id", "parent"):
+            if self._arrays[name].shape[0] != n:
+                yield Problem(f"{self._group}/{name}", f"has {self._arrays[name].shape[0]} rows for {n} objects")
+        inner = {"object_offsets": n}
+        inner["polygon_offsets"] = int(self.column("object_offsets")[-1])
+        inner["ring_offsets"] = int(self.column("polygon_offsets")[-1])
+        for name, items in inner.items():
+            offsets = self.column(name)
+            if len(offsets) != items + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+                yield Problem(f"{self._group}/{name}", f"is not {items + 1} rising offsets from 0")
+        if int(self.column("ring_offsets")[-1]) != self.n_vertices:
+            yield Problem(f"{self._group}/vertices_l0", "does not end where ring_offsets says")
+
+
+class _Column:
+    """An array that grows by whole chunks; nothing is ever rewritten."""
+
+    def __init__(self, groups: Groups, name: str, dtype: str, row_shape: tuple[int, ...], chunk_rows: int) -> None:
+        self._array = zarr.create_array(
+            groups.zarr_store,
+            name=name,
+            shape=(0, *row_shape),
+            chunks=(chunk_rows, *(max(1, side) for side in row_shape)),
+            dtype=dtype,
+            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            config={"write_empty_chunks": True},
+        )
+        self._chunk_rows = chunk_rows
+        self._waiting: list[NDArray[Any]] = []
+        self._n_waiting = 0
+
+    def add(self, rows: NDArray[Any]) -> None:
+        self._waiting.append(rows)
+        self._n_waiting += len(rows)
+        whole = self._n_waiting // self._chunk_rows * self._chunk_rows
+        if whole:
+            self._flush(whole)
+
+    def close(self) -> None:
+        self._flush(self._n_waiting)
+
+    def _flush(self, n_rows: int) -> None:
+        rows = np.concatenate(self._waiting) if self._waiting else None
+        if rows is None or n_rows == 0:
+            return
+        start = self._array.shape[0]
+        self._array.resize((start + n_rows, *self._array.shape[1:]))
+        if rows[:n_rows].size:
+            self._array[start : start + n_rows] = rows[:n_rows].astype(self._array.dtype, copy=False)
+        self._waiting = [rows[n_rows:]]
+        self._n_waiting = len(rows) - n_rows
+
+
+def write_objects(groups: Groups, layer: str, tables: Iterable[ObjectTable], *, about: Mapping[str, Any]) -> int:
+    """Store a layer, streamed; see :meth:`SlideStore.write_objects`."""
+    group = f"objects/{layer}"
+    if groups.inputs(group) is not None:
+        groups.clear(group)
+    for name in ObjectArray.COLUMNS:
+        groups.clear(f"{group}/{name}")
+    columns: dict[str, _Column] = {}
+    head: ObjectTable | None = None
+    ends = {"ring_offsets": 0, "polygon_offsets": 0, "object_offsets": 0}
+    n_objects = 0
+    for table in tables:
+        if head is None:
+            head = table
+            widths = {"centroid_l0": 2, "measurements": len(table.measurement_names), "id": 16, "vertices_l0": 2}
+            for name, dtype in ObjectArray.COLUMNS.items():
+                row_shape = (widths[name],) if name in widths else ()
+                chunk_rows = _CHUNK_VERTICES if name == "vertices_l0" else _CHUNK_ROWS
+                columns[name] = _Column(groups, f"{group}/{name}", dtype, row_shape, chunk_rows)
+            for name in ends:
+                columns[name].add(np.zeros(1, np.int64))
+        for name in ("centroid_l0", "class_id", "class_probability", "measurements", "id", "parent"):
+            columns[name].add(getattr(table, name))
+        columns["vertices_l0"].add(table.outlines.vertices_l0)
+        for name, end in ends.items():
+            offsets = getattr(table.outlines, name)
+            columns[name].add(offsets[1:] + end)
+            ends[name] = end + int(offsets[-1])
+        n_objects += len(table)
+    if head is None:
+        raise ValueError(f"{layer}: write_objects needs at least one table")
+    for column in columns.values():
+        column.close()
+    described = {
+        "classes": [{"name": each.name, "color": list(each.color)} for each in head.classes],
+        "measurement_names": list(head.measurement_names),
+        "parent_layer": head.parent_layer,
+        "objects": n_objects,
+    }
+    groups.write_attributes(group, {**about, **described})
+    shutil.rmtree(groups.path / group / "parts", ignore_errors=True)
+    return n_objects
