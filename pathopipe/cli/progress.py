@@ -1,6 +1,7 @@
 """What a run says while it works: a bar on a terminal, plain lines elsewhere, always on stderr."""
 
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
     from pathopipe.pipeline import SlideOutcome
 
-__all__ = ["RunProgress", "describe_outcome", "format_table"]
+__all__ = ["RunProgress", "WindowProgress", "describe_outcome", "format_table"]
 
 
 class RunProgress:
@@ -24,12 +25,7 @@ class RunProgress:
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tiles"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-            self._bar.start()
+            self._bar = _start_bar("tiles")
         return self
 
     def __exit__(
@@ -56,6 +52,49 @@ class RunProgress:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+class WindowProgress:
+    """Tells of the windows of one slide: a bar on a terminal, a line every half minute elsewhere."""
+
+    _EVERY_S = 30.0
+
+    def __init__(self, slide_id: str) -> None:
+        self._slide_id = slide_id
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._told = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._bar = _start_bar("windows")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def on_windows(self, done: int, total: int) -> None:
+        """Some windows are done."""
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(self._slide_id, total=total)
+            self._bar.update(self._task, completed=done)
+        elif time.monotonic() - self._told >= self._EVERY_S:
+            self._told = time.monotonic()
+            print(f"{self._slide_id}: {done} of {total} windows", file=sys.stderr, flush=True)
+
+
+def _start_bar(what: str) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(what))
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    bar.start()
+    return bar
 
 
 def describe_outcome(outcome: "SlideOutcome") -> str:

@@ -11,8 +11,9 @@ from pathopipe.cli.progress import describe_outcome
 if TYPE_CHECKING:
     from pathopipe.config import Config
     from pathopipe.pipeline import SlideOutcome, Stage
+    from pathopipe.records import SlideRef
 
-__all__ = ["embed", "tiles", "tissue"]
+__all__ = ["embed", "slide_ref", "tiles", "tissue"]
 
 
 def tissue(
@@ -77,17 +78,28 @@ def embed(
     print(describe_outcome(outcome))
 
 
-def _run_stage(stage: "Stage", slide: Path, slide_id: str | None, out: Path, config: "Config") -> "SlideOutcome":
-    from pathopipe.cli.progress import RunProgress
-    from pathopipe.cluster import check_writable, usable_cores
+def slide_ref(slide: Path, slide_id: str | None) -> "SlideRef":
+    """The one slide that a command is about.
+
+    Raises:
+        UsageError: Its id is unsafe.
+    """
     from pathopipe.cohort import check_slide_id
-    from pathopipe.pipeline import RunPlan, run_slide
     from pathopipe.records import SlideRef
 
     if not slide.exists():
         raise typer.BadParameter(f"{slide}: no such file")
     ref = SlideRef(slide_id or slide.stem, slide)
     check_slide_id(ref.slide_id)
+    return ref
+
+
+def _run_stage(stage: "Stage", slide: Path, slide_id: str | None, out: Path, config: "Config") -> "SlideOutcome":
+    from pathopipe.cli.progress import RunProgress
+    from pathopipe.cluster import check_writable, usable_cores
+    from pathopipe.pipeline import RunPlan, run_slide
+
+    ref = slide_ref(slide, slide_id)
     check_writable(out)
     with RunProgress(1) as progress:
         plan = RunPlan(out=out, config=config, stages=(stage,), threads=usable_cores())

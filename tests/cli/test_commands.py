@@ -223,7 +223,10 @@ def test_doctor_encoders_and_version(cli: Cli) -> None:
     assert cli("--version").out == f"pathopipe {pathopipe.__version__}\n"
 
 
-COMMANDS = ["demo", "run", "info", "tissue", "tiles", "embed", "verify", "synth", "doctor", "encoders list"]
+COMMANDS = [
+    *("demo", "run", "info", "tissue", "tiles", "embed", "segment", "verify", "synth", "doctor", "encoders list"),
+    *("segmenter evaluate", "export geojson", "export parquet", "export anndata", "import geojson"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

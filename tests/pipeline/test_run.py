@@ -18,7 +18,6 @@ import zarr
 from numpy.typing import NDArray
 
 from pathopipe import cluster
-from pathopipe.pipeline import common, run
 from pathopipe.cluster import run_cohort
 from pathopipe.config import Config, load_config
 from pathopipe.errors import (
@@ -30,7 +29,7 @@ from pathopipe.errors import (
     TooManyBadTilesError,
 )
 from pathopipe.geometry import Region
-from pathopipe.pipeline import RunPlan, outline_path, run_slide, thumbnail_path
+from pathopipe.pipeline import RunPlan, common, outline_path, run, run_slide, thumbnail_path
 from pathopipe.records import SlideRef
 from pathopipe.slide.base import Slide
 from pathopipe.slide.open import open_slide

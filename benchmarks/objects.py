@@ -1,0 +1,229 @@
+"""What objects cost beside the model that finds them: post-processing, writing, memory, export.
+
+    python benchmarks/objects.py stub [--side-px 8000] [--rounds 3]
+    python benchmarks/objects.py slides [--sizes 6000,20000,60000] [--folder DIR]
+    python benchmarks/objects.py export [--counts 200000,1000000]
+
+``stub``: a small network (its weights are random, its output is thrown away; the classical maps take its place) sees
+the windows of a drawn slide held in memory; then a slide goes through reading, the same network, instances,
+measurements, parts and merging. ``slides``: ``pathopipe segment`` in a process of its own, on slides that repeat one
+drawn block; the peak is what the system counted. ``export``: layers of made-up nuclei of 24 vertices to GeoJSON.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pathopipe.config import TissueConfig
+from pathopipe.geojson import stable_ids
+from pathopipe.geometry import Outlines
+from pathopipe.records import ObjectClass, ObjectTable
+from pathopipe.segmentation.classical import ClassicalNuclei
+from pathopipe.segmentation.merge import merge_layers
+from pathopipe.segmentation.segment import Plan, segment_regions
+from pathopipe.slide.array import ArraySlide
+from pathopipe.slide.open import open_slide
+from pathopipe.slide.resolution import require_mpp
+from pathopipe.store import SlideStore, store_path
+from pathopipe.synth import SynthSpec, write_slide
+from pathopipe.tiles.grid import plan_windows
+from pathopipe.tiles.read import read_tile
+from pathopipe.tissue import find_tissue
+
+
+class StubNetwork(ClassicalNuclei):
+    """A U-Net of four levels, 16 to 128 channels: about the smallest that segments nuclei well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (16, 32, 64, 128)
+        self.down = nn.ModuleList(block(i, o) for i, o in zip((3, *widths), widths, strict=False))
+        self.up = nn.ModuleList(block(o + i, i) for i, o in itertools.pairwise(widths))
+        self.head = nn.Conv2d(widths[0], 4, 1)
+
+    @torch.inference_mode()
+    def forward(self, images: NDArray[np.uint8]) -> None:
+        """Everything that a network would do."""
+        for image in images:
+            x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+            passed = []
+            for level, down in enumerate(self.down):
+                x = down(nn.functional.max_pool2d(x, 2) if level else x)
+                passed.append(x)
+            for level in reversed(range(len(self.up))):
+                wide = nn.functional.interpolate(x, scale_factor=2.0)
+                x = self.up[level](torch.cat([passed[level], wide], dim=1))
+            self.head(x).argmax(dim=1).to(torch.uint8)
+
+    def maps(self, windows: NDArray[np.uint8]) -> NDArray[Any]:
+        """The network's time and the classical maps."""
+        self.forward(windows)
+        return super().maps(windows)
+
+
+def block(inputs: int, outputs: int) -> nn.Module:
+    """Two convolutions."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, padding=1),
+        nn.ReLU(inplace=True),
+    )
+
+
+def stub(side_px: int, rounds: int) -> None:
+    """The network alone, and the whole."""
+    torch.manual_seed(0)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    model = StubNetwork()
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "drawn.tiff"
+        write_slide(path, SynthSpec(width_px=side_px, height_px=side_px, mpp=0.25, seed=5))
+        slide = open_slide(path)
+        tissue = find_tissue(slide, TissueConfig())
+        windows = plan_windows(
+            slide.info,
+            require_mpp(slide.info),
+            tissue,
+            mpp=model.mpp,
+            core_px=model.core_px,
+            margin_px=model.margin_px,
+            allow_enlarge=False,
+        )
+        plan = Plan(
+            model=model,
+            layers=model.layers,
+            windows=windows,
+            tissue=tissue,
+            dims_l0=slide.info.dims_l0,
+            region_px=-(-2048 // model.core_px) * model.core_px,
+        )
+        pixels = np.stack([read_tile(slide, windows.grid, row) for row in range(len(windows.grid))])
+        print(f"{len(pixels)} windows of {windows.grid.side_px} px, {cores} cores")
+        header = ("round", "network s", "whole s", "whole/network", "objects s", "merge s", "nuclei")
+        print("".join(f"{name:>15}" for name in header))
+        for number in range(rounds):
+            started = time.perf_counter()
+            for first in range(0, len(pixels), model.batch_size):
+                model.maps(pixels[first : first + model.batch_size])
+            bare = time.perf_counter() - started
+            store = SlideStore.create_or_open(Path(temporary) / f"{number}.zarr", slide.info, created_by="benchmark")
+            store.begin_objects("nuclei", {}, regions="")
+            started = time.perf_counter()
+            report = segment_regions(slide, store, plan, threads=cores)
+            merging = time.perf_counter()
+            merge_layers(store, plan, {"nuclei": {}}, {})
+            ended = time.perf_counter()
+            whole, n = ended - started, len(store.objects("nuclei"))
+            row = (number + 1, f"{bare:.1f}", f"{whole:.1f}", f"{whole / bare:.2f}", f"{report.post_s:.1f}")
+            row = (*row, f"{ended - merging:.1f}", n)
+            print("".join(f"{value:>15}" for value in row), flush=True)
+
+
+def slides(folder: Path, sizes: list[int]) -> None:
+    """``pathopipe segment`` on growing slides."""
+    header = ("side px", "nuclei", "seconds", "CPU ms/nucleus", "peak MB", "GeoJSON s", "its peak MB")
+    print("".join(f"{name:>15}" for name in header))
+    for side_px in sizes:
+        slide = folder / f"objects-{side_px}.tiff"
+        if not slide.exists():
+            write_slide(slide, SynthSpec(width_px=side_px, height_px=side_px, mpp=0.25, seed=5, repeat_px=4096))
+        out = folder / f"objects-{side_px}"
+        seconds, cpu_s, peak_mb = run("segment", slide, "--out", out, "--no-geojson", "--fresh")
+        export_s, _, export_mb = run("export", "geojson", out, "--out", out / "qupath", "--layer", "nuclei")
+        n = len(SlideStore.open(store_path(out, slide.stem)).objects("nuclei"))
+        row = (side_px, n, f"{seconds:.1f}", f"{cpu_s / n * 1e3:.3f}", f"{peak_mb:.0f}", f"{export_s:.1f}")
+        print("".join(f"{value:>15}" for value in (*row, f"{export_mb:.0f}")), flush=True)
+
+
+def export(folder: Path, counts: list[int]) -> None:
+    """Made-up nuclei to GeoJSON."""
+    print(f"{'nuclei':>9} {'seconds':>8} {'peak MB':>8} {'files':>6} {'MB':>6}")
+    for n in counts:
+        out = folder / f"export-{n}"
+        side = int(np.ceil(np.sqrt(n))) * 40
+        info = ArraySlide(np.zeros((8, 8, 3), np.uint8), mpp=0.25, slide_id=f"export-{n}").info
+        store = SlideStore.create_or_open(store_path(out, info.slide_id), info, created_by="benchmark")
+        store.write_objects("nuclei", made_up(n, side, info.slide_id), about={"inputs": {"n": n}})
+        seconds, _, peak_mb = run("export", "geojson", out, "--out", out / "qupath", "--layer", "nuclei")
+        files = list((out / "qupath").glob("*.geojson*"))
+        size = sum(path.stat().st_size for path in files) / 1e6
+        print(f"{n:9d} {seconds:8.1f} {peak_mb:8.0f} {len(files):6d} {size:6.0f}", flush=True)
+
+
+def made_up(n: int, side: int, slide_id: str) -> Iterator[ObjectTable]:
+    """Round nuclei of 24 vertices on a grid, 16 measurements each."""
+    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    ring = np.stack([np.cos(turn), np.sin(turn)], axis=1) * 12
+    ring = np.concatenate([ring, ring[:1]])
+    rng = np.random.default_rng(0)
+    for first in range(0, n, 20_000):
+        rows = np.arange(first, min(first + 20_000, n))
+        centre = np.stack([rows * 40 % side + 20, rows * 40 // side * 40 + 20], axis=1).astype(np.float64)
+        size = rng.uniform(0.6, 1.0, (len(rows), 1, 1))
+        one_each = np.arange(len(rows) + 1, dtype=np.int64)
+        yield ObjectTable(
+            classes=(ObjectClass("Nucleus", (0, 90, 200)),),
+            measurement_names=tuple(f"Number {k} µm" for k in range(16)),
+            centroid_l0=centre,
+            class_id=np.zeros(len(rows), np.uint8),
+            class_probability=np.full(len(rows), np.nan, np.float32),
+            measurements=rng.uniform(0, 100, (len(rows), 16)).astype(np.float32),
+            outlines=Outlines(
+                (centre[:, None] + ring * size).reshape(-1, 2).astype(np.float32), one_each * 25, one_each, one_each
+            ),
+            id=stable_ids(slide_id, "nuclei", rows.tolist()),
+            parent=np.full(len(rows), -1),
+        )
+
+
+def run(*arguments: object) -> tuple[float, float, float]:
+    """A command in a process of its own: wall seconds, CPU seconds, peak MB."""
+    command = [sys.executable, "-m", "pathopipe", *map(str, arguments)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, code, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(code)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {said.decode()}")
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3
+
+
+def main() -> None:
+    """Run one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("stub", "slides", "export"))
+    parser.add_argument("--side-px", type=int, default=8000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", default="6000,20000,60000")
+    parser.add_argument("--counts", default="200000,1000000")
+    parser.add_argument("--folder", type=Path, help="where slides and results go; a temporary folder when left out")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.what == "stub":
+            stub(arguments.side_px, arguments.rounds)
+        elif arguments.what == "slides":
+            slides(folder, [int(size) for size in arguments.sizes.split(",")])
+        else:
+            export(folder, [int(count) for count in arguments.counts.split(",")])
+
+
+if __name__ == "__main__":
+    main()
