@@ -1,0 +1,226 @@
+"""The manifest of a cohort: which slides there are, checked as a whole before any work starts."""
+
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from pathopipe.cohort.table import quote, read_table, refuse
+from pathopipe.errors import UsageError
+from pathopipe.records import SlideRef
+
+__all__ = ["check_refs", "check_slide_id", "double_ids", "id_problem", "read_manifest"]
+
+logger = logging.getLogger("pathopipe")
+
+_NEEDED: Final = ("slide_id", "path")
+_SHOWN_PROBLEMS: Final = 10
+# A store is named <slide_id>.zarr, and parts of it add to that; file systems end names at 255 bytes.
+_MAX_ID_BYTES: Final = 200
+_MPP_RANGE: Final = (0.05, 50.0)
+_ADVICE: Final = "use letters, digits, '.', '_' or '-'"
+_PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9 _-]|\.(?!\.)){0,198}(?<![. ])")
+_RESERVED: Final = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³])(\..*)?", re.IGNORECASE)
+# Control, surrogate, invisible formatting, line and paragraph separators.
+_UNSEEN: Final = frozenset(("Cc", "Cs", "Cf", "Zl", "Zp"))
+
+
+def read_manifest(path: Path, *, allow_missing: bool = False) -> list[SlideRef]:
+    """Read and check a manifest: a CSV table with the columns ``slide_id`` and ``path``.
+
+    UTF-8 (with or without byte-order mark) or UTF-16 with its mark; commas, semicolons or tabs, whichever the header
+    uses; blank rows are passed over. Two rows that name the same file are logged as a warning, not refused: one slide
+    may be wanted under two ids, with two resolutions for example.
+
+    Args:
+        path: The table. Paths in it are relative to its folder. ``mpp`` (um/px, 0.05 to 50) may be there, with a
+            decimal comma where commas do not part the columns; an empty cell is no statement. All further columns are
+            kept as text.
+        allow_missing: Take slides whose file is not there; they fail later, alone.
+
+    Returns:
+        The slides in the order of the table, ids in Unicode's composed form (NFC).
+
+    Raises:
+        UsageError: The table can't be read, or anything in it is wrong; one error lists every problem with its row,
+            counted as a spreadsheet does.
+    """
+    table = read_table(path, needed=_NEEDED, kind="manifest")
+    problems: list[str] = []
+    refs: list[SlideRef] = []
+    numbers: list[int] = []
+    stated: dict[object, int] = {}
+    shared: list[str] = []
+    for number, values in table.full_rows(problems):
+        slide_id, file, mpp_text = values.pop("slide_id"), values.pop("path").strip(), values.pop("mpp", "").strip()
+        fault = id_problem(slide_id)
+        if fault:
+            problems.append(f"row {number}: {fault}")
+        mpp, mpp_problem = _parse_mpp(mpp_text, decimal_comma=table.delimiter != ",")
+        if mpp_problem:
+            problems.append(f"row {number}: {mpp_problem}")
+        place = path.parent / file
+        identity, file_problem = _find(place, file, allow_missing=allow_missing)
+        if file_problem:
+            problems.append(f"row {number}: {file_problem}")
+        elif identity in stated:
+            shared.append(f"rows {stated[identity]} and {number}: {quote(file)}")
+        else:
+            stated[identity] = number
+        refs.append(
+            SlideRef(
+                slide_id=unicodedata.normalize("NFC", slide_id),
+                path=place,
+                mpp=mpp,
+                columns={name: value.strip() for name, value in values.items()},
+            )
+        )
+        numbers.append(number)
+    for first, second, text in double_ids([ref.slide_id for ref in refs], case_matters=False):
+        problems.append(f"rows {numbers[first]} and {numbers[second]}: {text}; give every slide an id of its own")
+    if problems:
+        refuse(path.name, problems)
+    if not refs:
+        raise UsageError(f"{path.name}: no slide below the header; write one row a slide")
+    if shared:
+        more = f" and {len(shared) - _SHOWN_PROBLEMS} more" if len(shared) > _SHOWN_PROBLEMS else ""
+        logger.warning("%s: one file under several ids (%s%s)", path.name, "; ".join(shared[:_SHOWN_PROBLEMS]), more)
+    return refs
+
+
+def check_refs(refs: Sequence[SlideRef], *, where: str) -> None:
+    """Make sure that slides can be told apart and outputs can bear their ids, on any file system.
+
+    Args:
+        refs: The slides, from a folder for example.
+        where: What the message begins with: the folder or the table.
+
+    Raises:
+        UsageError: Ids are unsafe or double, also but for how accents are encoded; all are listed. Names of files that
+            differ only in case are let pass: the file system that holds them tells them apart.
+    """
+    problems = []
+    for ref in refs:
+        problem = id_problem(ref.slide_id)
+        if problem:
+            problems.append(f"{ref.path.name}: {problem}")
+    for first, second, text in double_ids([ref.slide_id for ref in refs], case_matters=True):
+        files = f"{refs[first].path} and {refs[second].path}"
+        problems.append(f"{files}: {text}; rename one, or give a manifest with an id for each")
+    if problems:
+        refuse(where, problems)
+
+
+def check_slide_id(slide_id: str) -> None:
+    """Make sure that an id can name folders and files on any system.
+
+    Letters and digits of any script, spaces inside, ``.``, ``_``, ``-`` and most other signs are fine.
+
+    Raises:
+        UsageError: It is empty or longer than 200 bytes of UTF-8, holds path separators, ``..``, control or invisible
+            characters or what Windows refuses, begins with a dot or a space, or ends with one.
+    """
+    problem = id_problem(slide_id)
+    if problem:
+        raise UsageError(problem)
+
+
+# --- ids ---------------------------------------------------------------------------------------------------------
+
+
+def id_problem(slide_id: str) -> str | None:
+    """What is wrong with an id, and what to do; None where nothing is."""
+    if _PLAIN_ID.fullmatch(slide_id) and not _RESERVED.fullmatch(slide_id):
+        return None
+    if not slide_id.strip():
+        return f"slide_id is empty; {_ADVICE}"
+    fault = _id_fault(unicodedata.normalize("NFC", slide_id))
+    return None if fault is None else f"slide_id {quote(slide_id)} {fault}"
+
+
+def _id_fault(slide_id: str) -> str | None:
+    unseen = next((letter for letter in slide_id if unicodedata.category(letter) in _UNSEEN), None)
+    if unseen is not None:
+        return f"holds the invisible character U+{ord(unseen):04X}; {_ADVICE}"
+    if "/" in slide_id or "\\" in slide_id:
+        return f"holds a path separator; {_ADVICE}"
+    refused = next((letter for letter in slide_id if letter in '<>:"|?*'), None)
+    if refused is not None:
+        return f"holds {refused!r}, which Windows refuses in file names; {_ADVICE}"
+    if slide_id.startswith("."):
+        return "begins with a dot, which hides files; begin with a letter or a digit"
+    if ".." in slide_id:
+        return "holds '..', which means the folder above; use single dots"
+    if slide_id != slide_id.strip():
+        return "begins or ends with a space; take it away"
+    if slide_id.endswith("."):
+        return "ends with a dot, which Windows drops from file names; take it away"
+    if _RESERVED.fullmatch(slide_id):
+        return "is a name that Windows keeps for itself; choose another"
+    n_bytes = len(slide_id.encode("utf-8"))
+    if n_bytes > _MAX_ID_BYTES:
+        return f"is {n_bytes} bytes long; use at most {_MAX_ID_BYTES}"
+    return None
+
+
+def double_ids(slide_ids: Iterable[str], *, case_matters: bool) -> Iterator[tuple[int, int, str]]:
+    """Pairs of places whose ids some file system can't tell apart, and how they relate."""
+    seen: dict[str, tuple[int, str]] = {}
+    for index, slide_id in enumerate(slide_ids):
+        if not slide_id.strip():
+            continue
+        composed = unicodedata.normalize("NFC", slide_id)
+        key = composed if case_matters else unicodedata.normalize("NFC", composed.casefold())
+        first, other = seen.setdefault(key, (index, slide_id))
+        if first == index:
+            continue
+        if other == slide_id:
+            yield first, index, f"slide_id {quote(slide_id)} twice"
+        elif unicodedata.normalize("NFC", other) == composed:
+            yield first, index, f"slide_id {quote(slide_id)} twice, its accents encoded in two ways"
+        else:
+            yield (
+                first,
+                index,
+                f"slide_ids {quote(other)} and {quote(slide_id)} differ only in case, "
+                "which some file systems don't tell apart",
+            )
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+
+def _parse_mpp(text: str, *, decimal_comma: bool) -> tuple[float | None, str | None]:
+    """Micrometres per pixel and what is wrong with them; both None for an empty cell."""
+    if not text:
+        return None, None
+    try:
+        value = float(text.replace(",", ".") if decimal_comma else text)
+    except ValueError:
+        return None, f"mpp {quote(text)} is not a number; write micrometres per pixel, 0.25 for example, or nothing"
+    low, high = _MPP_RANGE
+    if not low <= value <= high:
+        return (
+            None,
+            f"mpp {quote(text)} is not from {low:g} to {high:g} micrometres per pixel; correct it or write nothing",
+        )
+    return value, None
+
+
+def _find(place: Path, text: str, *, allow_missing: bool) -> tuple[object, str | None]:
+    """What makes the file itself, through links and other spellings, and what is wrong with it."""
+    if not text:
+        return None, "path is empty; name the slide's file"
+    if "\0" in text:
+        return None, f"path {quote(text)} holds a null character; write the table anew"
+    try:
+        status = place.stat()
+    except OSError as error:
+        if allow_missing:
+            return os.path.normpath(place), None
+        hint = "write '/' in place of '\\'" if "\\" in text else "correct the path, or pass --allow-missing"
+        return None, f"file {quote(str(place))} can't be found ({error.strerror or error}); {hint}"
+    return (status.st_dev, status.st_ino), None
