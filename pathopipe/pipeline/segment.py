@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pathopipe
@@ -10,6 +11,8 @@ from pathopipe.config import Config
 from pathopipe.errors import TooManyBadTilesError, UsageError
 from pathopipe.pipeline.common import RunPlan, inputs_below, opened, thumbnail_path, tissue_stage, write_pictures
 from pathopipe.records import SlideRef, Tissue
+from pathopipe.report.objects import draw_objects
+from pathopipe.report.thumbnail import write_png
 from pathopipe.segmentation.classical import ClassicalNuclei
 from pathopipe.segmentation.merge import merge_layers
 from pathopipe.segmentation.model import Model
@@ -19,7 +22,7 @@ from pathopipe.slide.resolution import require_mpp
 from pathopipe.store import SlideStore, digest, store_path
 from pathopipe.tiles.grid import plan_windows
 
-__all__ = ["SegmentOutcome", "segment_slide"]
+__all__ = ["SegmentOutcome", "objects_picture_path", "segment_slide"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,11 @@ class SegmentOutcome:
     bad_windows: int
     seconds: float
     report: SegmentReport
+
+
+def objects_picture_path(out: Path, slide_id: str) -> Path:
+    """Where the picture of a slide's objects goes."""
+    return out / "thumbnails" / f"{slide_id}.objects.png"
 
 
 def segment_slide(
@@ -88,6 +96,11 @@ def segment_slide(
             about = {"mpp": segment_plan.windows.grid.achieved_mpp, "seconds": report.seconds()}
             merge_layers(store, segment_plan, inputs, about)
             report.merge_s = time.perf_counter() - merging
+        picture = objects_picture_path(plan.out, ref.slide_id)
+        if pending or not picture.exists():
+            drawn = draw_objects(slide, store, list(inputs))
+            if drawn is not None:
+                write_png(picture, drawn)
     bad_windows = max(store.objects(name).attributes["bad_windows"] for name in inputs)
     n_windows = len(segment_plan.windows.grid)
     if bad_windows > config.segment.max_bad_share * n_windows:

@@ -22,12 +22,12 @@ from pathopipe.segmentation.morphology import (
     neighbourhood,
 )
 from pathopipe.segmentation.segment import CELLS, Plan
-from pathopipe.segmentation.stitch import RegionPieces, Strip, join_pieces
+from pathopipe.segmentation.stitch import RegionPieces, Side, Strip, join_pieces
 from pathopipe.store import PartTable, SlideStore
 
 __all__ = ["CELL_MEASUREMENT_NAMES", "merge_layers"]
 
-_SIDES = ("left", "right", "top", "bottom")
+_SIDES: tuple[Side, ...] = ("left", "right", "top", "bottom")
 _ROWS = 20_000
 
 # A cell bears what is known of its nucleus, and of itself a few numbers only: QuPath slows with every one.
@@ -183,6 +183,7 @@ class _Large:
 
     def __init__(self, plan: Plan, store: SlideStore, layer: Layer) -> None:
         self._layer = layer
+        self._pixel_l0 = plan.windows.factor_l0
         self._mpp = (
             plan.windows.grid.achieved_mpp[0] / plan.windows.factor_l0[0],
             plan.windows.grid.achieved_mpp[1] / plan.windows.factor_l0[1],
@@ -219,7 +220,7 @@ class _Large:
     def tables(self, store: SlideStore, slide_id: str, glands: NDArray[np.object_] | None) -> Iterator[ObjectTable]:
         """The rows of the layer."""
         layer, n = self._layer, len(self.shapes)
-        names, measurements = SHAPE_NAMES, measure_shapes(self.shapes, mpp=self._mpp)
+        names, measurements = SHAPE_NAMES, measure_shapes(self.shapes, mpp=self._mpp, pixel_l0=self._pixel_l0)
         parent, parent_layer = np.full(n, -1), None
         if layer.name == "glands":
             names = (*SHAPE_NAMES, *GLAND_NAMES)

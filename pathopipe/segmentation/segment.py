@@ -1,6 +1,6 @@
 """Streams a slide through a model by region: windows are read and mapped once, and regions are finished behind them.
 
-While the model works on the windows of one region, a thread finds, measures and stores the objects of the one before.
+While the model works on the windows of one region, threads find, measure and store the objects of those before.
 """
 
 import time
@@ -37,6 +37,9 @@ _NUCLEUS_UM = 40.0
 
 _STRIP_PX = 16
 """How far the strips by which pieces are matched reach to either side of a region's border."""
+
+_MOST_WORKERS = 4
+"""Regions that are finished at once; each takes some hundred megabytes."""
 
 _FAULTS_KEPT = 5
 
@@ -131,7 +134,7 @@ def segment_regions(
         slide: Where the pixels come from.
         store: Where the parts go; the layers were begun.
         plan: What to do.
-        threads: Reading threads.
+        threads: How many threads read, and how many finish regions.
         on_windows: Told of windows done and windows in all.
     """
     parts = {name: store.parts(name) for name in plan.names}
@@ -145,7 +148,8 @@ def segment_regions(
     canvas = _Canvas(plan, Counter(window for wanted in needs.values() for window in wanted))
     batches = stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=plan.model.batch_size, threads=threads)
     waiting: deque[Future[float]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="objects")
+    workers = min(threads, _MOST_WORKERS)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="objects")
     regions = iter(todo.items())
     try:
         ahead = next(regions, None)
@@ -169,7 +173,7 @@ def segment_regions(
                 report.regions += 1
                 ahead = next(regions, None)
                 started = time.perf_counter()
-                while len(waiting) > 1:
+                while len(waiting) > workers:
                     report.post_s += waiting.popleft().result()
                 report.behind_s += time.perf_counter() - started
             on_windows(report.windows, len(grid))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["BoxPx", "RegionPieces", "Strip", "cut_strips", "join_pieces", "owned_by", "regions_of"]
+__all__ = ["BoxPx", "RegionPieces", "Side", "Strip", "cut_strips", "join_pieces", "owned_by", "regions_of"]
 
 Side = Literal["left", "right", "top", "bottom"]
 
