@@ -11,7 +11,21 @@ from typing import NoReturn
 import typer
 
 import pathopipe
-from pathopipe.cli import demo, doctor, encoders, info, run, stages, synth, verify
+from pathopipe.cli import (
+    demo,
+    doctor,
+    encoders,
+    export,
+    importing,
+    info,
+    mil,
+    run,
+    segment,
+    segmenter,
+    stages,
+    synth,
+    verify,
+)
 from pathopipe.errors import PathopipeError, UsageError
 
 __all__ = ["app", "main"]
@@ -26,12 +40,13 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="""Whole-slide pathology: slides in; tissue, tiles and embeddings out.
+    help="""Whole-slide pathology: slides in; tissue, tiles, embeddings, objects and predictions out.
 
     \b
     Start here:
       pathopipe demo                          draw a slide and run everything on it
-      pathopipe run SLIDE.svs --out results   the same for a slide, a folder or a manifest
+      pathopipe run SLIDE.svs --out results   embeddings of a slide, a folder or a manifest
+      pathopipe segment SLIDE.svs --out results   its nuclei, for QuPath
     """,
 )
 app.command("demo", short_help="Draw a slide and run everything on it.")(demo.demo)
@@ -40,10 +55,15 @@ app.command("info", short_help="What a slide says of itself.")(info.info)
 app.command("tissue", short_help="One stage: find the tissue of a slide.")(stages.tissue)
 app.command("tiles", short_help="One stage: lay the tile grid over the tissue.")(stages.tiles)
 app.command("embed", short_help="One stage: embed the tiles.")(stages.embed)
+app.command("segment", short_help="Objects of a slide: nuclei, cells; for QuPath.")(segment.segment)
 app.command("verify", short_help="Read every array; exit 0 if all is sound.")(verify.verify)
 app.command("synth", short_help="Draw an H&E slide with known truth.")(synth.synth)
 app.command("doctor", short_help="What this machine has, and what is missing.")(doctor.doctor)
 app.add_typer(encoders.app, name="encoders")
+app.add_typer(export.app, name="export")
+app.add_typer(importing.app, name="import")
+app.add_typer(mil.app, name="mil")
+app.add_typer(segmenter.app, name="segmenter")
 
 
 class _Interrupted(BaseException):

@@ -16,7 +16,7 @@ from pathopipe.slide.base import Slide
 from pathopipe.slide.open import open_slide
 from pathopipe.slide.overview import read_overview
 from pathopipe.slide.resolution import require_mpp
-from pathopipe.store import SlideStore
+from pathopipe.store import SlideStore, digest
 from pathopipe.tissue import TISSUE_VERSION, find_tissue
 
 __all__ = [
@@ -125,7 +125,13 @@ def write_pictures(
     slide_id = slide.info.slide_id
     outline, thumbnail = outline_path(plan.out, slide_id), thumbnail_path(plan.out, slide_id)
     if again or not outline.exists():
-        write_tissue_outline(outline, slide_id, tissue, slide.info.bounds_l0)
+        write_tissue_outline(
+            outline,
+            slide_id,
+            tissue,
+            slide.info.bounds_l0,
+            provenance=digest(inputs_below(store, "tissue", "tissue")),
+        )
     if again or not thumbnail.exists():
         mpp = require_mpp(slide.info)
         longest_um = max(side * um for side, um in zip(slide.info.dims_l0, mpp, strict=True))

@@ -306,10 +306,18 @@ def _owned_part(
     if plan.cell_expansion_um is None or not with_cells:
         return found
     reach_px = (plan.cell_expansion_um / mpp[0], plan.cell_expansion_um / mpp[1])
-    cells = expand_labels(instances.labels, reach_px)
+    cells = expand_labels(instances.labels, reach_px, limit=_on_slide(plan, origin_px, instances.labels.shape))
     measured = measure_labels(cells, rgb, mpp=mpp, origin_px=origin_px, numbers=numbers)
     outlines = trace_labels(cells, origin_px=origin_px, scale_l0=plan.windows.factor_l0, numbers=numbers)
     return {**found, CELLS: {**common, "measurements": measured.values, **outlines._asdict()}}
+
+
+def _on_slide(plan: Plan, origin_px: tuple[int, int], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """(height, width) True for the pixels of a view that lie on the slide."""
+    inside: NDArray[np.bool_] = np.zeros(shape, np.bool_)
+    width_px, height_px = plan.windows.size_px
+    inside[max(-origin_px[1], 0) : height_px - origin_px[1], max(-origin_px[0], 0) : width_px - origin_px[0]] = True
+    return inside
 
 
 def _joined_part(plan: Plan, box: BoxPx, instances: Instances) -> dict[str, NDArray[Any]]:

@@ -22,6 +22,8 @@ __all__ = ["Groups", "Problem"]
 
 _TABLE_ROWS = 65_536
 
+_COMMANDS = {"objects": "segment", "predictions": "mil predict"}
+
 _MENDS = {
     "tissue": "compute it anew with --fresh tissue",
     "tiles": "compute it anew with --fresh tiles",
@@ -107,8 +109,9 @@ class Groups:
         """The attributes of a finished stage; StoreError where it is not finished."""
         attributes = self.attributes(group)
         if "inputs" not in attributes:
+            command = _COMMANDS.get(group.partition("/")[0], "run")
             raise StoreError(
-                f"{self.path.stem}: {group} is not there; 'pathopipe run' computes it", slide_id=self.path.stem
+                f"{self.path.stem}: {group} is not there; 'pathopipe {command}' computes it", slide_id=self.path.stem
             )
         return attributes
 

@@ -114,6 +114,12 @@ class SlideStore(Groups):
         return True
 
     def _require_same(self, known: Mapping[str, Any], inputs: Mapping[str, Any], group: str, stage: str) -> None:
+        if "imported" in known:
+            raise StoreChangedError(
+                f"{self.path.stem}: {group} holds objects that were imported; 'pathopipe {stage} --fresh' finds them "
+                "anew and forgets the corrections, another --out keeps both",
+                slide_id=self.path.stem,
+            )
         wanted = json.loads(json.dumps(inputs))
         if known != wanted:
             fresh = "'pathopipe segment --fresh'" if stage == "segment" else f"--fresh {stage}"

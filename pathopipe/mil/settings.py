@@ -1,0 +1,132 @@
+"""Settings of ``mil``: frozen, documented, strict; an unknown key names the nearest known one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pathopipe.errors import UsageError
+from pathopipe.registry import nearest
+
+__all__ = ["MilConfig", "load_mil_config"]
+
+_SECTION = "mil"
+
+
+class MilConfig(BaseModel):
+    """How multiple-instance models are trained; section ``mil`` of a config file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    hidden: int = Field(default=128, ge=4, le=4096)
+    """Width of a tile inside a head."""
+    attention: int = Field(default=64, ge=2, le=4096)
+    """Width of the attention network."""
+    dropout: float = Field(default=0.25, ge=0, lt=1)
+    """Share of hidden values dropped while training."""
+    input_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of tile features dropped while training."""
+    instance_tiles: int = Field(default=8, ge=1)
+    """CLAM: tiles with most and with least attention that get pseudo-labels."""
+    instance_share: float = Field(default=0.3, ge=0, le=1)
+    """CLAM: share of the tile loss in the whole loss."""
+    members: int = Field(default=5, ge=1, le=50)
+    """Networks in a model; their logits are averaged. Each keeps another part of the training side back to stop on, so
+    that together they have learnt from all of it; with 1, the validation part is used by none to learn from."""
+    val_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of a fold's training side to stop on, with one member; with more it is 1 / members."""
+    epochs: int = Field(default=30, ge=1)
+    """Most epochs a network is trained."""
+    patience: int = Field(default=10, ge=1)
+    """Epochs without a better validation loss after which training stops; the best epoch's weights are kept."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Highest learning rate of Adam; it rises over ``warmup`` and falls along a cosine."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    bag_shift: float = Field(default=0.0, ge=0)
+    """Shift all tiles of a bag alike by a random vector, anew each step, this many spreads of a feature wide: what sets
+    whole slides apart (stain, scanner) can then not be learnt by heart, nor can what slides' means truly tell."""
+    penalty: float = Field(default=1e-2, ge=0)
+    """Weight of the squared weights in the loss: small cohorts need much, and attention finds its tiles better."""
+    bag_size: bool = True
+    """Give the model the number of tiles (its logarithm). Poolings with a maximum see it in any case, means don't; the
+    report before training says how much it tells alone. Turn it off where it stands for how the tissue was taken."""
+    gradient_clip: float = Field(default=5.0, gt=0)
+    """Longest gradient of a step."""
+    batch_bags: int = Field(default=16, ge=1)
+    """Bags a step; where they don't fit in ``batch_tiles`` at once, gradients are added up."""
+    batch_tiles: int = Field(default=16384, ge=1)
+    """Tiles held at once, padding included."""
+    cap: int | None = Field(default=4096, ge=1)
+    """Most tiles of a bag while training, drawn afresh each epoch; null takes all. Evaluation always takes all."""
+    balanced: bool = False
+    """Weigh classes by the reverse of their frequency; probabilities then no longer follow it."""
+    intervals: int = Field(default=4, ge=2, le=100)
+    """Discrete survival: intervals of time, each with as many training events."""
+    logistic_c: float = Field(default=0.05, gt=0)
+    """Logistic baseline: the reverse of the penalty, as in scikit-learn."""
+    amp: bool = True
+    """Mixed precision on a CUDA device."""
+    draws: int = Field(default=1000, ge=100)
+    """Bootstrap samples of every interval and test."""
+    classes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Order of the classes of a label column: the positive last where it is binary, low to high where ordinal."""
+
+
+def load_mil_config(path: Path | None = None, overrides: Sequence[str] = ()) -> MilConfig:
+    """Defaults, then the section ``mil`` of a YAML file, then ``mil.key=value`` overrides.
+
+    Other sections of the file are left to the commands they are for.
+
+    Raises:
+        UsageError: The file can't be read, a key is unknown (the nearest is named), or a value is out of range.
+    """
+    settings = _read_section(path) if path is not None else {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (equals and dot and name) or section != _SECTION:
+            raise UsageError(f"--set {text}: write it as mil.key=value, for example --set mil.epochs=80")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        target, *inner = name.split(".", 1)
+        if inner:
+            column = settings.setdefault(target, {})
+            if not isinstance(column, dict):
+                raise UsageError(f"--set {text}: mil.{target} has no parts")
+            column[inner[0]] = parsed
+        else:
+            settings[target] = parsed
+    for column, order in dict(settings.get("classes") or {}).items():
+        if isinstance(order, list):
+            # YAML reads 0, 1 and yes as numbers and truth values; classes are texts.
+            settings["classes"] = {**settings["classes"], column: [str(name) for name in order]}
+    try:
+        return MilConfig.model_validate(settings)
+    except ValidationError as error:
+        where = f"{path}: " if path is not None else ""
+        raise UsageError(where + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _read_section(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: config can't be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    section = (loaded or {}).get(_SECTION) if isinstance(loaded or {}, dict) else None
+    if not isinstance(loaded or {}, dict) or not isinstance(section or {}, dict):
+        raise UsageError(f"{path}: a config is a mapping of sections, and 'mil' one of settings")
+    return dict(section or {})
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown config key 'mil.{name}'; {nearest(name, MilConfig.model_fields)}"
+    return f"mil.{name}: {error['msg'].lower()}, got {error['input']!r}"
