@@ -314,15 +314,20 @@ class FeatureBatch:
         if not self._names:
             return texts
         quoted = [f"{_ENCODER.encode(name)}:".replace("%", "%%") for name in self._names]
-        whole = ",".join(f"{name}%.8g" for name in quoted)
-        # Near 1e8 and beyond the two ways of writing a number part; false for NaN too.
-        plain: list[bool] = np.all(np.abs(self._measured) < 9e7, axis=1).tolist()
-        rows = (self._measured + 0.0).tolist()  # adding zero turns -0.0 into 0.0
-        for index, row in enumerate(rows):
-            if plain[index]:
-                texts[index] = f'{texts[index][:-1]},"measurements":{{{whole % tuple(row)}}}}}'
+        is_given = ~np.isnan(self._measured)
+        # Near 1e8 and beyond the two ways of writing a number part.
+        is_plain = (np.abs(np.where(is_given, self._measured, 0)) < 9e7).all(axis=1)
+        patterns, pattern_of_row = np.unique(is_given, axis=0, return_inverse=True)
+        for number, columns in enumerate(patterns):
+            template = ",".join(f"{quoted[column]}%.8g" for column in np.flatnonzero(columns).tolist())
+            if not template:
                 continue
-            made = _make_measurements(zip(self._names, row, strict=True))
+            rows = np.flatnonzero(is_plain & (pattern_of_row == number))
+            values = (self._measured[np.ix_(rows, columns)] + 0.0).tolist()  # adding zero turns -0.0 into 0.0
+            for index, row in zip(rows.tolist(), values, strict=True):
+                texts[index] = f'{texts[index][:-1]},"measurements":{{{template % tuple(row)}}}}}'
+        for index in np.flatnonzero(~is_plain).tolist():
+            made = _make_measurements(zip(self._names, self._measured[index].tolist(), strict=True))
             if made:
                 texts[index] = f'{texts[index][:-1]},"measurements":{_ENCODER.encode(made)}}}'
         return texts
