@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from pathopipe.config import TissueConfig
 from pathopipe.geojson import stable_ids
@@ -43,52 +41,59 @@ from pathopipe.tiles.read import read_tile
 from pathopipe.tissue import find_tissue
 
 
-class StubNetwork(ClassicalNuclei):
-    """A U-Net of four levels, 16 to 128 channels: about the smallest that segments nuclei well."""
+def make_stub(cores: int) -> ClassicalNuclei:
+    """A model whose time is a network's; torch is imported here, for its memory would stand in the other tables."""
+    import torch
+    from torch import nn
 
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (16, 32, 64, 128)
-        self.down = nn.ModuleList(block(i, o) for i, o in zip((3, *widths), widths, strict=False))
-        self.up = nn.ModuleList(block(o + i, i) for i, o in itertools.pairwise(widths))
-        self.head = nn.Conv2d(widths[0], 4, 1)
+    torch.manual_seed(0)
+    torch.set_num_threads(cores)
 
-    @torch.inference_mode()
-    def forward(self, images: NDArray[np.uint8]) -> None:
-        """Everything that a network would do."""
-        for image in images:
-            x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
-            passed = []
-            for level, down in enumerate(self.down):
-                x = down(nn.functional.max_pool2d(x, 2) if level else x)
-                passed.append(x)
-            for level in reversed(range(len(self.up))):
-                wide = nn.functional.interpolate(x, scale_factor=2.0)
-                x = self.up[level](torch.cat([passed[level], wide], dim=1))
-            self.head(x).argmax(dim=1).to(torch.uint8)
+    class StubNetwork(ClassicalNuclei):
+        """A U-Net of four levels, 16 to 128 channels: about the smallest that segments nuclei well."""
 
-    def maps(self, windows: NDArray[np.uint8]) -> NDArray[Any]:
-        """The network's time and the classical maps."""
-        self.forward(windows)
-        return super().maps(windows)
+        def __init__(self) -> None:
+            super().__init__()
+            widths = (16, 32, 64, 128)
+            self.down = nn.ModuleList(block(i, o) for i, o in zip((3, *widths), widths, strict=False))
+            self.up = nn.ModuleList(block(o + i, i) for i, o in itertools.pairwise(widths))
+            self.head = nn.Conv2d(widths[0], 4, 1)
 
+        @torch.inference_mode()
+        def forward(self, images: NDArray[np.uint8]) -> None:
+            """Everything that a network would do."""
+            for image in images:
+                x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+                passed = []
+                for level, down in enumerate(self.down):
+                    x = down(nn.functional.max_pool2d(x, 2) if level else x)
+                    passed.append(x)
+                for level in reversed(range(len(self.up))):
+                    wide = nn.functional.interpolate(x, scale_factor=2.0)
+                    x = self.up[level](torch.cat([passed[level], wide], dim=1))
+                self.head(x).argmax(dim=1).to(torch.uint8)
 
-def block(inputs: int, outputs: int) -> nn.Module:
-    """Two convolutions."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(outputs, outputs, 3, padding=1),
-        nn.ReLU(inplace=True),
-    )
+        def maps(self, windows: NDArray[np.uint8]) -> NDArray[Any]:
+            """The network's time and the classical maps."""
+            self.forward(windows)
+            return super().maps(windows)
+
+    def block(inputs: int, outputs: int) -> nn.Module:
+        """Two convolutions."""
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.ReLU(inplace=True),
+        )
+
+    return StubNetwork()
 
 
 def stub(side_px: int, rounds: int) -> None:
     """The network alone, and the whole."""
-    torch.manual_seed(0)
     cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
-    model = StubNetwork()
+    model = make_stub(cores)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "drawn.tiff"
         write_slide(path, SynthSpec(width_px=side_px, height_px=side_px, mpp=0.25, seed=5))

@@ -7,6 +7,7 @@ __all__ = [
     "PathopipeError",
     "SlideError",
     "SlideOpenError",
+    "StoreBusyError",
     "StoreChangedError",
     "StoreError",
     "StoreWriteError",
@@ -53,6 +54,10 @@ class TooManyBadTilesError(SlideError):
 
 class StoreError(PathopipeError):
     """A store is missing, damaged or of another version."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing the same part of a store."""
 
 
 class StoreChangedError(StoreError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import socket
 import time
@@ -10,13 +11,46 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pathopipe.errors import StoreWriteError
+from pathopipe.errors import StoreBusyError, StoreWriteError
 
-__all__ = ["durable_file", "remove_leftovers"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["durable_file", "one_at_a_time", "remove_leftovers"]
 
 _SUFFIX = ".partial"
+_NAME_LENGTH = 100
 _FORGOTTEN_AFTER_S = 24 * 3600
 _OUTPUT_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file, so that two processes do not write the same thing at once.
+
+    The system lets go of the lock when the process ends, however it ends; the empty file stays. Where the system or the
+    file system has no such locks, nothing is held.
+
+    Raises:
+        StoreBusyError: Another process holds it.
+        StoreWriteError: The folder can't be written.
+    """
+    try:
+        _make_folder(path.parent)
+        file = path.open("ab")
+    except OSError as error:
+        raise _explain(path, error) from error
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreBusyError(f"another process is writing {what}; wait for it, then run again") from None
+            except OSError:
+                pass  # a file system without locks
+        yield
 
 
 @contextlib.contextmanager
@@ -31,7 +65,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     """
     # Host and process stand in the name, so that a later run knows whose leftover it is.
     owner = f"{socket.gethostname()}-{os.getpid()}"
-    temporary = path.parent / f".{path.name[:100]}.{owner}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
+    temporary = path.parent / f".{path.name[:_NAME_LENGTH]}.{owner}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
     try:
         _make_folder(path.parent)
         file = temporary.open("wb")
@@ -63,10 +97,15 @@ def _explain(path: Path, error: OSError) -> StoreWriteError:
     )
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files below ``folder`` that a killed process of this machine left; return how many."""
+def remove_leftovers(folder: Path, name: str = "") -> int:
+    """Delete temporary files below ``folder`` that a killed process of this machine left; return how many.
+
+    Args:
+        folder: Where to look.
+        name: Of one file that was to be written; of all when left out.
+    """
     removed = 0
-    for temporary in folder.rglob(f".*{_SUFFIX}"):
+    for temporary in folder.rglob(f".{glob.escape(name[:_NAME_LENGTH])}*{_SUFFIX}"):
         if not _in_use(temporary):
             temporary.unlink(missing_ok=True)
             removed += 1

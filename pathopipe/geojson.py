@@ -1242,6 +1242,7 @@ class _Notes:
 _REPAIRED: Final = "broken polygons repaired"
 _LOST: Final = "broken polygons passed over, nothing left to repair"
 _MISSING: Final = "features without geometry passed over"
+_UNMEASURED: Final = "features with measurements that are no finite numbers, which are left out"
 
 
 @contextlib.contextmanager
@@ -1394,7 +1395,7 @@ def _parse(raw: Any, number: int, notes: _Notes) -> list[ParsedFeature]:
                 names=names,
                 color=class_color or _read_rgb(properties.get("color")) or _read_rgb(properties.get("colorRGB")),
                 name=name if isinstance(name, str) and name else None,
-                measurements=_read_measurements(properties.get("measurements")),
+                measurements=_read_measurements(properties.get("measurements"), number, notes),
                 nucleus_geometry=None if nucleus is None else _read_geometry(nucleus, number, notes),
             )
         )
@@ -1448,18 +1449,21 @@ def _read_rgb(value: Any) -> tuple[int, int, int] | None:
     return None
 
 
-def _read_measurements(value: Any) -> dict[str, float]:
+def _read_measurements(value: Any, feature_number: int, notes: _Notes) -> dict[str, float]:
     if isinstance(value, dict):
         pairs = list(value.items())
     elif isinstance(value, list):
         pairs = [(item.get("name"), item.get("value")) for item in value if isinstance(item, dict)]
     else:
         return {}
-    return {
+    kept = {
         name: float(number)
         for name, number in pairs
         if isinstance(name, str) and type(number) in (int, float) and -_DOUBLE_MAX <= number <= _DOUBLE_MAX
     }
+    if len(kept) < len(pairs):
+        notes.add(_UNMEASURED, feature_number)
+    return kept
 
 
 _DOUBLE_MAX: Final = float(np.finfo(np.float64).max)

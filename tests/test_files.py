@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pathopipe.errors import StoreWriteError
-from pathopipe.files import durable_file, remove_leftovers
+from pathopipe.errors import StoreBusyError, StoreWriteError
+from pathopipe.files import durable_file, one_at_a_time, remove_leftovers
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -75,3 +75,19 @@ def test_leftovers_of_other_machines_go_after_a_day(tmp_path: Path) -> None:
     yesterday = time.time() - 25 * 3600
     os.utime(stranger, (yesterday, yesterday))
     assert remove_leftovers(tmp_path) == 1
+
+
+def test_only_one_process_holds_a_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "new" / ".lock"
+    with one_at_a_time(lock, "this"):
+        with pytest.raises(StoreBusyError, match="another process is writing this"):
+            with one_at_a_time(lock, "this"):
+                raise AssertionError("held twice")
+    with one_at_a_time(lock, "this"):
+        assert lock.exists()
+
+
+def test_errors_of_what_a_lock_guards_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        with one_at_a_time(tmp_path / ".lock", "this"):
+            raise FileNotFoundError("of the body")

@@ -40,7 +40,7 @@ def segment(
       pathopipe segment slide.svs --out results --tasks cells --set segment.cell_expansion_um=3 --fresh
       pathopipe segment crop.tif --out results --mpp 0.25 --set tissue.min_region_mm2=0
 
-    Objects go to OUT/slides/<slide_id>.zarr, layer by layer; drag OUT/geojson/<slide_id>.nuclei.geojson.gz onto the
+    Objects go to OUT/slides/<slide_id>.zarr, layer by layer; drag OUT/geojson/<slide_id>.nuclei.geojson onto the
     slide in QuPath. Other forms: pathopipe export.
     """
     from pathopipe.cli.stages import slide_ref

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pathopipe.errors import UsageError
 from pathopipe.mil.bags import Bag, BagLoader
-from pathopipe.mil.heads import Head, HeadShape, build_head
+from pathopipe.mil.heads import BASELINE, Head, HeadShape, build_head
 from pathopipe.mil.heads.logistic import LogisticHead, pool_mean_max
 from pathopipe.mil.settings import MilConfig
 from pathopipe.mil.targets import TargetSpec, class_labels, predict_target, slice_of, target_loss
@@ -110,6 +110,7 @@ def fit_network(
         dropout=settings.dropout,
         input_dropout=settings.input_dropout,
         instance_tiles=settings.instance_tiles,
+        centre=settings.centre and head != BASELINE,
     )
     with torch.random.fork_rng(devices=["cuda"] if device == "cuda" else []):
         torch.manual_seed(seed)

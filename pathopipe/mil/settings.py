@@ -45,6 +45,9 @@ class MilConfig(BaseModel):
     """Highest learning rate of Adam; it rises over ``warmup`` and falls along a cosine."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
+    centre: bool = False
+    """Show network heads each tile relative to the middle of its bag. What stain and scanner add to all tiles is gone
+    then, and so is what slides' averages truly tell: for few positive tiles among thousands."""
     bag_shift: float = Field(default=0.0, ge=0)
     """Shift all tiles of a bag alike by a random vector, anew each step, this many spreads of a feature wide: what sets
     whole slides apart (stain, scanner) can then not be learnt by heart, nor can what slides' means truly tell."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pathopipe.config import Config
 from pathopipe.errors import StoreError, UsageError
 from pathopipe.export.tissue import write_tissue_outline
+from pathopipe.files import remove_leftovers
 from pathopipe.records import SlideRef, TileGrid, Tissue
 from pathopipe.report.thumbnail import LONGEST_SIDE_PX, draw_thumbnail, write_png
 from pathopipe.slide.base import Slide
@@ -124,6 +125,9 @@ def write_pictures(
     tissue = tissue if tissue is not None else store.read_tissue()
     slide_id = slide.info.slide_id
     outline, thumbnail = outline_path(plan.out, slide_id), thumbnail_path(plan.out, slide_id)
+    for picture in (outline, thumbnail):
+        if not picture.exists():
+            remove_leftovers(picture.parent, picture.name)
     if again or not outline.exists():
         write_tissue_outline(
             outline,

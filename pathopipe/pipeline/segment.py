@@ -70,7 +70,8 @@ def segment_slide(
     started = time.perf_counter()
     config = plan.config
     _check_tasks(config)
-    with opened(ref, config) as slide:
+    lock = SlideStore(store_path(plan.out, ref.slide_id)).writing_objects()
+    with opened(ref, config) as slide, lock:
         store = SlideStore.create_or_open(
             store_path(plan.out, ref.slide_id), slide.info, created_by=f"pathopipe {pathopipe.__version__}"
         )
@@ -81,8 +82,9 @@ def segment_slide(
         model = ClassicalNuclei(dark_field="dark-field" in tissue.flags)
         segment_plan = _segment_plan(slide, tissue, model, config)
         inputs = _object_inputs(store, segment_plan, config)
-        if fresh:
-            for layer in inputs:
+        for layer in inputs:
+            # What is only stood on is not forgotten: it may be someone's corrections.
+            if fresh and layer in config.segment.tasks:
                 store.clear_objects(layer)
         pending = [name for name in inputs if not store.require_inputs(f"objects/{name}", "segment", inputs[name])]
         report = SegmentReport()

@@ -51,6 +51,9 @@ _MAX_CLASSES: Final = 256
 _MAX_MEASUREMENTS: Final = 1000
 _LARGEST_PNG_LABEL: Final = 65_535
 _NAMED: Final = 5
+_RESERVED: Final = ("tissue", "tiles", "embeddings")
+_FARTHEST_L0: Final = 2.0**22
+_MOST_LABEL_PX: Final = 1 << 28
 _LAYER: Final = re.compile(r"[a-z0-9._-]+")
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _NUMBERED: Final = re.compile(r"(.*)-(\d+)of(\d+)(\.geojson(?:\.gz)?)", re.IGNORECASE)
@@ -222,6 +225,11 @@ class _Gathered:
         measurements = dict(parsed.measurements)
         self._probabilities.append(measurements.pop(CLASS_PROBABILITY, np.nan))
         self._rows.append(measurements)
+        if not (np.abs(parsed.geometry.bounds) < _FARTHEST_L0).all():
+            raise GeoJSONError(
+                f"{named}: reaches to {max(parsed.geometry.bounds, key=abs):g}; coordinates are pixels of the slide's "
+                "full resolution, of which there are never so many: mend or delete the object"
+            )
         nucleus = parsed.nucleus_geometry
         if nucleus is not None and nucleus.geom_type not in ("Polygon", "MultiPolygon"):
             self.notes.add("nuclei that are points passed over", named)
@@ -504,6 +512,15 @@ def import_objects(
     """
     if _LAYER.fullmatch(layer) is None or not layer.strip("."):
         raise UsageError(f"--layer {layer!r}: a name has the characters a-z, 0-9, '.', '_' and '-' only, like nuclei-2")
+    if layer in _RESERVED:
+        raise UsageError(f"--layer {layer}: this name is taken by another stage; choose one like {layer}-regions")
+    with store.writing_objects():
+        return _import(store, paths, layer, replace_layer, classes, frame)
+
+
+def _import(
+    store: SlideStore, paths: Sequence[Path], layer: str, replace_layer: bool, classes: Sequence[str], frame: Frame
+) -> ImportReport:
     _check_free(store, [layer], replace_layer)
     slide = store.slide
     bounds = slide["bounds_l0"] if frame == "qupath" else None
@@ -699,6 +716,11 @@ def check_labels(path: Path, size_px: tuple[int, int], downsample: float) -> Non
         raise UsageError(f"{path}: labels are written as {', '.join(_ENCODERS)}; choose one of these endings")
     if min(size_px) < 1 or not 0 < downsample < np.inf:
         raise UsageError(f"{size_px[0]}x{size_px[1]} px at downsample {downsample:g}: give numbers above 0")
+    if size_px[0] * size_px[1] > _MOST_LABEL_PX:
+        raise UsageError(
+            f"{size_px[0]}x{size_px[1]} px: a label image has at most {_MOST_LABEL_PX / 1e6:.0f} megapixels; "
+            "draw it in pieces with --origin, or coarser with --downsample"
+        )
 
 
 def write_labels(

@@ -7,6 +7,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from pathopipe.errors import StoreError
 from pathopipe.geojson import stable_ids
 from pathopipe.geometry import Outlines, join_outlines, outlines_from_shapes, outlines_to_shapes, take_outlines
 from pathopipe.records import ObjectClass, ObjectTable
@@ -174,6 +175,12 @@ def _streamed_cells(
             parent_layer="nuclei",
         )
         first += n
+    if first != len(nuclei):
+        raise StoreError(
+            f"{slide_id}: {first} cells for {len(nuclei)} nuclei; find both anew with 'pathopipe segment --fresh "
+            "--tasks nuclei,cells'",
+            slide_id=slide_id,
+        )
     if first == 0:
         yield _empty(classes, CELL_MEASUREMENT_NAMES, "nuclei")
 

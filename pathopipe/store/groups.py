@@ -25,8 +25,8 @@ _TABLE_ROWS = 65_536
 _COMMANDS = {"objects": "segment", "predictions": "mil predict"}
 
 _MENDS = {
-    "tissue": "compute it anew with --fresh tissue",
-    "tiles": "compute it anew with --fresh tiles",
+    "tissue": "compute it anew with 'pathopipe run --fresh tissue'",
+    "tiles": "compute it anew with 'pathopipe run --fresh tiles'",
     "embeddings": "compute the chunks concerned with --retry-bad",
     "objects": "compute the layer anew with 'pathopipe segment --fresh', or import it again",
     "predictions": "predict anew with 'pathopipe mil predict'",
@@ -82,7 +82,8 @@ class Groups:
             return {}
         except ValueError as error:
             raise StoreError(
-                f"{self.path / group / 'zarr.json'}: not valid JSON ({error}); delete this store and run again",
+                f"{self.path / group / 'zarr.json'}: not valid JSON ({error}); delete {self.path / group} and run "
+                "again",
                 slide_id=self.path.stem,
             ) from error
         attributes: dict[str, Any] = metadata.get("attributes", {})

@@ -19,6 +19,7 @@ from pathopipe.store.groups import Groups, Problem
 
 __all__ = ["ObjectArray", "PartTable", "write_objects"]
 
+_MEND = "find the layer anew with 'pathopipe segment --fresh', or import it again"
 _BATCH_ROWS = 20_000
 _CHUNK_ROWS = 65_536
 _CHUNK_VERTICES = 524_288
@@ -83,7 +84,11 @@ class ObjectArray:
             try:
                 self._arrays[name] = zarr.open_array(groups.zarr_store, path=f"{self._group}/{name}", mode="r")
             except FileNotFoundError:
-                raise StoreError(f"{self._slide_id}: {self._group}/{name} is missing; compute the layer anew") from None
+                raise StoreError(f"{self._slide_id}: {self._group}/{name} is missing; {_MEND}") from None
+            missing = self._arrays[name].nchunks - self._arrays[name].nchunks_initialized
+            # Zarr would read them as zeros.
+            if missing and self._arrays[name].size:
+                raise StoreError(f"{self._slide_id}: {self._group}/{name} lacks {missing} chunks; {_MEND}")
 
     def __len__(self) -> int:
         return int(self._arrays["centroid_l0"].shape[0])
@@ -114,9 +119,7 @@ class ObjectArray:
         try:
             return np.asarray(self._arrays[name][rows])
         except ValueError as error:
-            raise StoreError(
-                f"{self._slide_id}: {self._group}/{name} can't be read ({error}); compute the layer anew"
-            ) from None
+            raise StoreError(f"{self._slide_id}: {self._group}/{name} can't be read ({error}); {_MEND}") from None
 
     def read(self, rows: slice = slice(None)) -> ObjectTable:
         """Some consecutive rows, or all."""
@@ -207,9 +210,10 @@ class _Column:
 
 def write_objects(groups: Groups, layer: str, tables: Iterable[ObjectTable], *, about: Mapping[str, Any]) -> int:
     """Store a layer, streamed; see :meth:`SlideStore.write_objects`."""
-    group = f"objects/{layer}"
-    if groups.inputs(group) is not None:
-        groups.clear(group)
+    whole = f"objects/{layer}"
+    # A layer that is there stays until its successor is whole.
+    replaces = groups.inputs(whole) is not None
+    group = f"{whole}.new" if replaces else whole
     for name in ObjectArray.COLUMNS:
         groups.clear(f"{group}/{name}")
     columns: dict[str, _Column] = {}
@@ -245,5 +249,8 @@ def write_objects(groups: Groups, layer: str, tables: Iterable[ObjectTable], *, 
         "objects": n_objects,
     }
     groups.write_attributes(group, {**about, **described})
-    shutil.rmtree(groups.path / group / "parts", ignore_errors=True)
+    if replaces:
+        groups.clear(whole)
+        (groups.path / group).rename(groups.path / whole)
+    shutil.rmtree(groups.path / whole / "parts", ignore_errors=True)
     return n_objects

@@ -4,6 +4,7 @@ Small stages (tissue, tiles) are whole or absent: the attributes of their group 
 (embeddings) grow by whole chunks: ``status`` first, ``values`` last, each through a temporary name, fsync and rename.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from pathopipe.errors import StoreChangedError, StoreError
-from pathopipe.files import remove_leftovers
+from pathopipe.files import one_at_a_time, remove_leftovers
 from pathopipe.geometry import Ragged, polygons_from_ragged, polygons_to_ragged
 from pathopipe.records import ObjectTable, SlideInfo, TileGrid, Tissue
 from pathopipe.store.embeddings import EmbeddingArray
@@ -88,7 +89,8 @@ class SlideStore(Groups):
         for key, change in changes:
             if known[key] != described[key]:
                 raise StoreChangedError(
-                    f"{path}: {change}; start this slide anew with --fresh tissue, or choose another --out",
+                    f"{path}: {change}; start this slide anew with 'pathopipe run SLIDE --fresh tissue', or choose "
+                    "another --out",
                     slide_id=info.slide_id,
                 )
         return store
@@ -122,7 +124,7 @@ class SlideStore(Groups):
             )
         wanted = json.loads(json.dumps(inputs))
         if known != wanted:
-            fresh = "'pathopipe segment --fresh'" if stage == "segment" else f"--fresh {stage}"
+            fresh = "'pathopipe segment --fresh'" if stage == "segment" else f"'pathopipe run --fresh {stage}'"
             raise StoreChangedError(
                 f"{self.path.stem}: {group} was made from other inputs ({_first_difference(known, wanted)}); "
                 f"compute it anew with {fresh}, or choose another --out",
@@ -263,6 +265,20 @@ class SlideStore(Groups):
         """
         return ObjectArray(self, layer)
 
+    @contextlib.contextmanager
+    def writing_objects(self) -> Iterator[None]:
+        """Hold what only one process may do at a time: to write layers of objects.
+
+        Raises:
+            StoreBusyError: Another process is at it.
+        """
+        with one_at_a_time(self.path.parent / f".{self.path.stem}.objects.lock", f"the objects of {self.path.stem}"):
+            yield
+
+    def imported_layers(self) -> list[str]:
+        """Names of the layers that were not computed but brought in by hand."""
+        return [name for name in self.layers() if "imported" in (self.inputs(f"objects/{name}") or {})]
+
     def begin_objects(self, layer: str, inputs: Mapping[str, Any], *, regions: str) -> None:
         """Make room for the parts of a layer; keeps those of an earlier try from the same inputs and regions.
 
@@ -341,6 +357,13 @@ class SlideStore(Groups):
     def clear_stage(self, stage: str, *, grid: str | None = None, encoders: tuple[str, ...] = ()) -> None:
         """Forget a stage and what depends on it: ``tissue`` everything, ``tiles`` one grid, ``embed`` its encoders."""
         if stage == "tissue":
+            kept = self.imported_layers()
+            if kept:
+                raise StoreChangedError(
+                    f"{self.path.stem}: its store holds imported objects ({', '.join(kept)}), which --fresh tissue "
+                    "would throw away; choose another --out, or export them and delete the store",
+                    slide_id=self.path.stem,
+                )
             self.clear("")
         elif stage == "tiles":
             self.clear(f"embeddings/{grid}")

@@ -267,3 +267,33 @@ def test_transmil_attention_is_that_of_scaled_dot_product() -> None:
     weights = F.softmax(q @ k.transpose(1, 2) / 2**0.5, dim=2)
     same(layer(tokens), tokens + layer.leave((weights @ v).transpose(0, 1).reshape(7, 16)), 1e-5)
     same(layer.weights_of_first(tokens), weights[:, 0].mean(dim=0), 1e-6)
+
+
+def test_tiles_seen_from_the_middle_of_their_bag_hide_what_all_share() -> None:
+    torch.manual_seed(0)
+    network = build_head("abmil", HeadShape(features=6, outputs=1, hidden=8, attention=4, centre=True)).eval()
+    tiles, real = torch.randn(2, 40, 6), torch.ones(2, 40, dtype=torch.bool)
+    real[1, 25:] = False
+    padded = tiles.masked_fill(~real[..., None], torch.nan)
+    plain = network(padded, real).logits
+    assert torch.allclose(network(padded + torch.randn(2, 1, 6), real).logits, plain, atol=1e-5)
+    assert torch.allclose(network(tiles[1:, :25], real[1:, :25]).logits, plain[1:], atol=1e-6)
+    # A few far tiles move a mean, but not this middle: the others look the same beside them.
+    far = tiles.clone()
+    far[0, :2] += 50
+    near = ~((far - tiles).abs().sum(dim=2) > 0)[0]
+    assert torch.allclose(
+        network.project(_seen(network, far, real))[0, near],
+        network.project(_seen(network, tiles, real))[0, near],
+        atol=0.3,
+    )
+
+
+def _seen(network: Head, tiles: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The tiles as the head's pooling gets them."""
+    caught: list[torch.Tensor] = []
+    pool = network.pool
+    network.pool = lambda tiles, real, labels: caught.append(tiles) or pool(tiles, real, labels)  # type: ignore[method-assign]
+    network(tiles, real)
+    network.pool = pool  # type: ignore[method-assign]
+    return caught[0]

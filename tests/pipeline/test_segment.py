@@ -15,7 +15,7 @@ import shapely
 import tifffile
 
 from pathopipe.config import load_config
-from pathopipe.errors import SlideError, StoreChangedError, TooManyBadTilesError, UsageError
+from pathopipe.errors import SlideError, StoreBusyError, StoreChangedError, TooManyBadTilesError, UsageError
 from pathopipe.geojson import read_features
 from pathopipe.geometry import outlines_to_shapes
 from pathopipe.pipeline import RunPlan, common
@@ -91,7 +91,28 @@ def test_a_second_run_computes_nothing_and_another_layer_joins_the_first(slide: 
     with pytest.raises(StoreChangedError, match=r"cell_expansion_um was 5\.0, now 3.*segment --fresh"):
         segmented(slide, tmp_path, "segment.tasks=cells", "segment.cell_expansion_um=3")
     fresh = segmented(slide, tmp_path, "segment.tasks=cells", "segment.cell_expansion_um=3", fresh=True)
-    assert fresh.did == ("nuclei", "cells")
+    assert fresh.did == ("cells",)  # the nuclei are stood on, not asked for
+    both = segmented(slide, tmp_path, "segment.tasks=nuclei,cells", "segment.cell_expansion_um=3", fresh=True)
+    assert both.did == ("nuclei", "cells")
+
+
+def test_two_runs_at_once_are_refused(slide: Path, tmp_path: Path) -> None:
+    segmented(slide, tmp_path)
+    with SlideStore.open(store_path(tmp_path, "drawn")).writing_objects():
+        with pytest.raises(StoreBusyError, match="another process is writing the objects of drawn"):
+            segmented(slide, tmp_path, "segment.tasks=cells")
+
+
+def test_corrections_are_not_thrown_away(slide: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    assert cli("segment", slide, "--out", tmp_path, "--slide-id", "drawn").code == 0
+    (file,) = (tmp_path / "geojson").glob("drawn.nuclei.geojson*")
+    back = ("import", "geojson", file, "--out", tmp_path, "--slide-id", "drawn", "--layer", "nuclei", "--replace")
+    assert cli(*back).code == 0
+    with pytest.raises(StoreChangedError, match="objects that were imported"):
+        segmented(slide, tmp_path, "segment.tasks=cells", fresh=True)
+    result = cli("run", slide.parent, "--out", tmp_path, "--fresh", "tissue")
+    assert (result.code, "imported objects (nuclei)" in result.out) == (1, True)
+    assert SlideStore.open(store_path(tmp_path, "drawn")).imported_layers() == ["nuclei"]
 
 
 def test_a_kill_loses_no_finished_region(slide: Path, whole: Path, tmp_path: Path) -> None:
@@ -202,6 +223,7 @@ def test_too_many_unreadable_windows_fail_the_slide_and_keep_the_rest(
     assert segmented(slide, tmp_path, fresh=True).bad_windows == 0
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_regions_of_a_real_slide(shared_data: Path, tmp_path: Path) -> None:
     path = shared_data / "slides" / "tiff" / "TCGA-V5-A7RE-11A-01-TS1.pyramid.tif"

@@ -103,8 +103,7 @@ def test_a_plain_zarr_reader_finds_everything(store: SlideStore) -> None:
     assert group["vertices_l0"][ring[0] : ring[1]].shape == (5, 2)
 
 
-def test_a_layer_that_fails_while_it_is_written_is_absent(store: SlideStore) -> None:
-    store.write_objects("nuclei", [table_of(0, 5)], about={"inputs": {}})
+def test_a_layer_that_fails_while_it_is_written_leaves_the_old_one_or_none(store: SlideStore) -> None:
 
     def torn() -> Iterator[ObjectTable]:
         yield table_of(0, 5)
@@ -113,11 +112,25 @@ def test_a_layer_that_fails_while_it_is_written_is_absent(store: SlideStore) -> 
     with pytest.raises(RuntimeError, match="torn"):
         store.write_objects("nuclei", torn(), about={"inputs": {}})
     assert store.layers() == []
-    with pytest.raises(StoreError, match="objects/nuclei is not there"):
+    with pytest.raises(StoreError, match="objects/nuclei is not there; 'pathopipe segment'"):
         store.objects("nuclei")
     assert any(p.where == "objects/nuclei" and "not finished" in p.what for p in store.problems())
     store.write_objects("nuclei", [table_of(0, 7)], about={"inputs": {}})
+    with pytest.raises(RuntimeError, match="torn"):
+        store.write_objects("nuclei", torn(), about={"inputs": {}})
     assert len(store.objects("nuclei")) == 7
+    store.write_objects("nuclei", [table_of(0, 9)], about={"inputs": {}})
+    assert len(store.objects("nuclei")) == 9
+    assert store.layers() == ["nuclei"]
+
+
+@pytest.mark.parametrize("column", ["centroid_l0", "class_id", "vertices_l0"])
+def test_a_missing_chunk_is_not_read_as_zeros(store: SlideStore, column: str) -> None:
+    store.write_objects("nuclei", [table_of(0, 50)], about={"inputs": {}})
+    (chunk,) = [path for path in (store.path / "objects" / "nuclei" / column / "c").rglob("*") if path.is_file()]
+    chunk.unlink()
+    with pytest.raises(StoreError, match=f"{column} lacks 1 chunks.*segment --fresh"):
+        store.objects("nuclei")
 
 
 def test_parts_outlive_a_second_begin_and_go_with_other_regions_or_inputs(store: SlideStore) -> None:

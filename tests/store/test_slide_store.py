@@ -221,7 +221,7 @@ def test_a_flipped_bit_in_a_compressed_array_is_found(full_store: SlideStore, na
 def test_a_missing_chunk_is_not_read_as_zeros(full_store: SlideStore, name: str) -> None:
     shutil.rmtree(full_store.path / name / "c")
     assert name in [problem.where for problem in full_store.problems()]
-    with pytest.raises(StoreError, match=rf"{name} lacks 1 of 1 chunks; compute it anew with --fresh t"):
+    with pytest.raises(StoreError, match=rf"{name} lacks 1 of 1 chunks; compute it anew with .pathopipe run --fresh t"):
         _ = full_store.read_tissue() if name.startswith("tissue") else full_store.read_grid(GRID.name)
 
 

@@ -29,6 +29,8 @@ class HeadShape:
     """Share of hidden values dropped while training."""
     input_dropout: float = 0.0
     """Share of tile features dropped while training."""
+    centre: bool = False
+    """Tiles are seen relative to the middle of their bag: the mean of the nine tenths that lie nearest to its mean."""
     instance_tiles: int = 8
     """CLAM: tiles with most and with least attention that get pseudo-labels; a third of the bag at most."""
 
@@ -88,6 +90,9 @@ class Head(nn.Module):
         if not bool(real.any(dim=1).all()):
             raise UsageError("a bag has no tile; leave empty bags out")
         tiles = ((tiles.float() - self.shift) * self.scale).masked_fill(~real[..., None], 0)
+        if self.shape.centre:
+            middle = _middle(tiles, real)
+            tiles = (tiles - middle).masked_fill(~real[..., None], 0)
         output = self.pool(tiles, real, labels)
         if self.covariates is None:
             return output
@@ -98,6 +103,18 @@ class Head(nn.Module):
     def pool(self, tiles: Tensor, real: Tensor, labels: Tensor | None) -> HeadOutput:
         """Score standardised tiles (B, N, D) that are zero where padded."""
         raise NotImplementedError
+
+
+def _middle(tiles: Tensor, real: Tensor) -> Tensor:
+    """(B, 1, D) the mean of the nine tenths of each bag's tiles that lie nearest to the mean of all.
+
+    Few strong tiles shift a bag's mean and with it, seen from there, all its other tiles; a network then learns that
+    shift instead of the tiles. So what lies far out does not count.
+    """
+    mean = tiles.sum(dim=1, keepdim=True) / real.sum(dim=1)[:, None, None]
+    distance = ((tiles - mean) ** 2).sum(dim=2).masked_fill(~real, torch.nan)
+    near = distance <= distance.nanquantile(0.9, dim=1, keepdim=True)  # False for NaN
+    return (tiles * near[..., None]).sum(dim=1, keepdim=True) / near.sum(dim=1)[:, None, None]
 
 
 class TileProjection(nn.Sequential):
