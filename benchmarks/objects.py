@@ -2,22 +2,25 @@
 
     python benchmarks/objects.py stub [--side-px 8000] [--rounds 3]
     python benchmarks/objects.py slides [--sizes 6000,20000,60000] [--folder DIR]
+    python benchmarks/objects.py merge [--counts 10000,100000,1000000]
     python benchmarks/objects.py export [--counts 200000,1000000]
 
 ``stub``: a small network (its weights are random, its output is thrown away; the classical maps take its place) sees
 the windows of a drawn slide held in memory; then a slide goes through reading, the same network, instances,
 measurements, parts and merging. ``slides``: ``pathopipe segment`` in a process of its own, on slides that repeat one
-drawn block; the peak is what the system counted. ``export``: layers of made-up nuclei of 24 vertices to GeoJSON.
+drawn block; the peak is what the system counted. ``merge``: what regions found, made up, into one layer. ``export``: layers of made-up nuclei of 24 vertices to GeoJSON.
 """
 
 import argparse
 import itertools
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,10 @@ from numpy.typing import NDArray
 from pathopipe.config import TissueConfig
 from pathopipe.geojson import stable_ids
 from pathopipe.geometry import Outlines
-from pathopipe.records import ObjectClass, ObjectTable
+from pathopipe.records import ObjectClass, ObjectTable, Tissue
 from pathopipe.segmentation.classical import ClassicalNuclei
 from pathopipe.segmentation.merge import merge_layers
+from pathopipe.segmentation.morphology import MEASUREMENT_NAMES
 from pathopipe.segmentation.segment import Plan, segment_regions
 from pathopipe.slide.array import ArraySlide
 from pathopipe.slide.open import open_slide
@@ -154,6 +158,52 @@ def slides(folder: Path, sizes: list[int]) -> None:
         print("".join(f"{value:>15}" for value in (*row, f"{export_mb:.0f}")), flush=True)
 
 
+def merge(folder: Path, counts: list[int]) -> None:
+    """Parts of made-up regions of 2,500 nuclei into one layer."""
+    header = ("nuclei", "regions", "seconds", "us/nucleus", "most MB so far")
+    print("".join(f"{name:>15}" for name in header))
+    model, region_px, per_row = ClassicalNuclei(), 2048, 50
+    for n in counts:
+        side = max(1, round(np.sqrt(n / per_row**2)))
+        info = ArraySlide(np.zeros((8, 8, 3), np.uint8), mpp=0.5, slide_id=f"merge-{n}").info
+        info = replace(info, dims_l0=(side * region_px, side * region_px))
+        tissue = Tissue(mask=np.ones((64, 64), np.uint8), mpp=(1.0, 1.0), polygons=(), areas_mm2=())
+        windows = plan_windows(
+            info, (0.5, 0.5), tissue, mpp=0.5, core_px=model.core_px, margin_px=model.margin_px, allow_enlarge=False
+        )
+        plan = Plan(
+            model=model,
+            layers=model.layers,
+            windows=windows,
+            tissue=tissue,
+            dims_l0=info.dims_l0,
+            region_px=region_px,
+        )
+        store = SlideStore.create_or_open(folder / f"merge-{n}.zarr", info, created_by="benchmark")
+        store.begin_objects("nuclei", {}, regions="")
+        (table,) = made_up(per_row**2, per_row * 40, "merge")
+        rng = np.random.default_rng(0)
+        for row in range(side):
+            for column in range(side):
+                corner = np.array([column, row]) * region_px
+                moved = table.outlines._replace(vertices_l0=table.outlines.vertices_l0 + corner.astype(np.float32))
+                part = {
+                    "centroid_px": table.centroid_l0 + corner + rng.uniform(-5, 5, table.centroid_l0.shape),
+                    "class_id": table.class_id,
+                    "class_probability": table.class_probability,
+                    "measurements": rng.uniform(0, 9, (len(table), len(MEASUREMENT_NAMES))).astype(np.float32),
+                    **moved._asdict(),
+                    "bad_windows": np.asarray(0),
+                }
+                store.parts("nuclei").write(f"{row}-{column}", part)
+        started = time.perf_counter()
+        merge_layers(store, plan, {"nuclei": {}}, {})
+        seconds, found = time.perf_counter() - started, len(store.objects("nuclei"))
+        most_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        cells = (found, side * side, f"{seconds:.1f}", f"{seconds / found * 1e6:.0f}", f"{most_mb:.0f}")
+        print("".join(f"{value:>15}" for value in cells), flush=True)
+
+
 def export(folder: Path, counts: list[int]) -> None:
     """Made-up nuclei to GeoJSON."""
     print(f"{'nuclei':>9} {'seconds':>8} {'peak MB':>8} {'files':>6} {'MB':>6}")
@@ -210,13 +260,13 @@ def run(*arguments: object) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Run one of the three."""
+    """Run one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("stub", "slides", "export"))
+    parser.add_argument("what", choices=("stub", "slides", "merge", "export"))
     parser.add_argument("--side-px", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default="6000,20000,60000")
-    parser.add_argument("--counts", default="200000,1000000")
+    parser.add_argument("--counts", help="nuclei of merge and export")
     parser.add_argument("--folder", type=Path, help="where slides and results go; a temporary folder when left out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -226,8 +276,10 @@ def main() -> None:
             stub(arguments.side_px, arguments.rounds)
         elif arguments.what == "slides":
             slides(folder, [int(size) for size in arguments.sizes.split(",")])
+        elif arguments.what == "merge":
+            merge(folder, [int(count) for count in (arguments.counts or "10000,100000,1000000").split(",")])
         else:
-            export(folder, [int(count) for count in arguments.counts.split(",")])
+            export(folder, [int(count) for count in (arguments.counts or "200000,1000000").split(",")])
 
 
 if __name__ == "__main__":
