@@ -8,7 +8,8 @@
 ``stub``: a small network (its weights are random, its output is thrown away; the classical maps take its place) sees
 the windows of a drawn slide held in memory; then a slide goes through reading, the same network, instances,
 measurements, parts and merging. ``slides``: ``pathopipe segment`` in a process of its own, on slides that repeat one
-drawn block; the peak is what the system counted. ``merge``: what regions found, made up, into one layer. ``export``: layers of made-up nuclei of 24 vertices to GeoJSON.
+drawn block; the peak is what the system counted. ``merge``: what regions found, made up, into one layer. ``export``:
+layers of made-up nuclei of 24 vertices to GeoJSON.
 """
 
 import argparse
