@@ -498,8 +498,8 @@ def test_reading_goes_on_while_the_consumer_works_and_is_bounded() -> None:
         assert source.reads <= number + 3
     assert source.reads == 10
     assert loader.reading_s >= 0.19
-    # Only the first batch is waited for.
-    assert loader.waited_s < 0.12
+    # Only the first batch is waited for: without reading ahead, it would be all of them.
+    assert loader.waited_s < 0.7 * loader.reading_s
     assert 0 < loader.reading_share < 0.3
     waiting = BagLoader(bags, prefetch=0)
     for _ in waiting.epoch():

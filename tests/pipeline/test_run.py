@@ -383,20 +383,26 @@ def test_killed_at_random_moments_nothing_is_lost(drawn_slide: Path, undisturbed
     SlideStore.open(store_path(out, "drawn")).clear_stage("tissue")
     log.unlink()
 
-    kills = 0
+    kills = kills_since_start = 0
     for _ in range(10):
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         # Most of the time is start-up; the moments are drawn from the part in which files are written.
         time.sleep(seconds * rng.uniform(0.45, 0.95))
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, kills_since_start = kills + 1, kills_since_start + 1
+        else:
+            # The machine is quicker than it was: from the beginning, and sooner.
+            SlideStore.open(store_path(out, "drawn")).clear_stage("tissue")
+            log.unlink(missing_ok=True)
+            seconds, kills_since_start = seconds * 0.7, 0
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert kills >= 1
     assert arrays_of(out) == arrays_of(undisturbed)
     assert list(SlideStore.open(store_path(out, "drawn")).problems()) == []
     assert not list(out.rglob("*.partial"))
-    assert _count_chunk_writes(log) <= n_chunks + kills
+    assert _count_chunk_writes(log) <= n_chunks + kills_since_start
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
