@@ -125,6 +125,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         UsageError: The file can't be read, a key is unknown (the nearest is named), or a value is out of range.
     """
     settings: dict[str, Any] = _read_yaml(path) if path is not None else {}
+    settings.pop("mil", None)  # of the commands of mil, which check it themselves
     for text in overrides:
         _apply_override(settings, text)
     try:

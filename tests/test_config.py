@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from pathopipe.config import Config, load_config
 from pathopipe.errors import UsageError
+from pathopipe.mil.settings import load_mil_config
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
@@ -71,3 +72,10 @@ def test_shipped_configs_load(path: Path) -> None:
 
 def test_the_default_file_states_the_defaults() -> None:
     assert load_config(Path(__file__).parents[1] / "configs" / "default.yaml") == Config()
+
+
+def test_one_file_may_serve_mil_too(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("tiles: {mpp: 1.0}\nmil: {epochs: 40}\n")
+    assert load_config(path).tiles.mpp == 1.0
+    assert load_mil_config(path).epochs == 40
