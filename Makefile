@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/pathopipe demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from typing import Any
 
 from pathopipe.embeddings.embed import EmbedReport
 from pathopipe.errors import PathopipeError, StoreWriteError, UsageError
-from pathopipe.files import durable_file
+from pathopipe.files import durable_file, remove_leftovers
 from pathopipe.pipeline import Prepared, RunPlan, SlideOutcome, embed_pending, finish_slide, prepare_slide, run_slide
 from pathopipe.records import SlideRef
 
@@ -46,6 +46,7 @@ def check_writable(out: Path) -> None:
         with durable_file(probe) as file:
             file.write(bytes(64 * 1024))
         probe.unlink()
+        remove_leftovers(out, deep=False)
     except OSError as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise StoreWriteError(

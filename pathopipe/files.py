@@ -97,15 +97,17 @@ def _explain(path: Path, error: OSError) -> StoreWriteError:
     )
 
 
-def remove_leftovers(folder: Path, name: str = "") -> int:
+def remove_leftovers(folder: Path, name: str = "", *, deep: bool = True) -> int:
     """Delete temporary files below ``folder`` that a killed process of this machine left; return how many.
 
     Args:
         folder: Where to look.
         name: Of one file that was to be written; of all when left out.
+        deep: Look in the folders of the folder, too.
     """
     removed = 0
-    for temporary in folder.rglob(f".{glob.escape(name[:_NAME_LENGTH])}*{_SUFFIX}"):
+    pattern = f".{glob.escape(name[:_NAME_LENGTH])}*{_SUFFIX}"
+    for temporary in folder.rglob(pattern) if deep else folder.glob(pattern):
         if not _in_use(temporary):
             temporary.unlink(missing_ok=True)
             removed += 1

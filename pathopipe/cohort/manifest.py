@@ -222,5 +222,5 @@ def _find(place: Path, text: str, *, allow_missing: bool) -> tuple[object, str |
         if allow_missing:
             return os.path.normpath(place), None
         hint = "write '/' in place of '\\'" if "\\" in text else "correct the path, or pass --allow-missing"
-        return None, f"file {quote(str(place))} can't be found ({error.strerror or error}); {hint}"
+        return None, f"file {quote(str(place), at_most=1000)} can't be found ({error.strerror or error}); {hint}"
     return (status.st_dev, status.st_ino), None

@@ -144,9 +144,9 @@ def _find_encoding(head: bytes) -> str | None:
     return None if b"\0" in head or head.startswith(b"PK\x03\x04") else "utf-8-sig"
 
 
-def quote(text: str) -> str:
-    """The text in quotes, what is invisible escaped, long ones cut."""
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+def quote(text: str, *, at_most: int = 80) -> str:
+    """The text in quotes, what is invisible escaped, longer ones cut at the end."""
+    return repr(text if len(text) <= at_most else f"{text[: at_most - 3]}...")
 
 
 def refuse(where: str, problems: list[str]) -> NoReturn:
