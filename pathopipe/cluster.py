@@ -1,4 +1,4 @@
-"""Runs slides on this machine: in this process, or over Dask workers that share out the chunks of every slide."""
+"""Runs slides in this process, or over Dask workers that share out the chunks of every slide; and calls of any kind."""
 
 import contextlib
 import logging
@@ -6,22 +6,33 @@ import os
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from pathopipe.embeddings.embed import EmbedReport
 from pathopipe.errors import PathopipeError, StoreWriteError, UsageError
 from pathopipe.files import durable_file, remove_leftovers
-from pathopipe.pipeline import Prepared, RunPlan, SlideOutcome, embed_pending, finish_slide, prepare_slide, run_slide
+from pathopipe.pipeline import (
+    LaneReports,
+    Prepared,
+    RunPlan,
+    SlideOutcome,
+    embed_pending,
+    finish_slide,
+    prepare_slide,
+    run_slide,
+)
 from pathopipe.records import SlideRef
 
-__all__ = ["check_writable", "run_cohort", "usable_cores"]
+__all__ = ["check_writable", "run_cohort", "spread_calls", "usable_cores"]
 
 # A worker gets a few runs of chunks a slide: few enough that a task costs nothing, enough that the last one isn't long.
 _RUNS_A_WORKER = 4
+
+_SCHEDULER_ANSWERS_S = 10
 
 SlideDone = Callable[[SlideOutcome], None]
 TilesDone = Callable[[str, int, int], None]
@@ -104,7 +115,9 @@ class _Progress:
     started: float = field(default_factory=time.perf_counter)
     prepared: Prepared | None = None
     out: int = 0
-    reports: dict[str, EmbedReport] = field(default_factory=dict)
+    tiles: dict[int, int] = field(default_factory=dict)
+    """Tiles that are done, by pass."""
+    reports: list[LaneReports] = field(default_factory=list)
     error: Exception | None = None
 
 
@@ -113,18 +126,18 @@ def _run_on_workers(
 ) -> Iterator[SlideOutcome]:
     from distributed import as_completed
 
-    with _local_client(workers) as client:
+    with _client(workers) as client:
         progress = {ref.slide_id: _Progress(ref) for ref in refs}
         # Slides are prepared a few at a time, so that chunks of the first slides don't wait behind all preparations.
         waiting = list(refs)
         futures = as_completed(with_results=False)
 
         def submit(
-            slide_id: str, encoder: str | None, work: Callable[..., Any], *arguments: Any, priority: int
+            slide_id: str, pass_number: int | None, work: Callable[..., Any], *arguments: Any, priority: int
         ) -> None:
             future = client.submit(_attempt, work, *arguments, pure=False, priority=priority)
             futures.add(future)
-            owner[future.key] = (slide_id, encoder)
+            owner[future.key] = (slide_id, pass_number)
 
         def prepare_next() -> None:
             if waiting:
@@ -132,11 +145,11 @@ def _run_on_workers(
                 progress[ref.slide_id].started = time.perf_counter()
                 submit(ref.slide_id, None, prepare_slide, ref, plan, priority=0)
 
-        owner: dict[Any, tuple[str, str | None]] = {}
+        owner: dict[Any, tuple[str, int | None]] = {}
         for _ in range(workers + 1):
             prepare_next()
         for future in futures:
-            slide_id, encoder = owner.pop(future.key)
+            slide_id, number = owner.pop(future.key)
             slide = progress[slide_id]
             lost = future.exception()  # the worker died again and again
             result = lost if lost is not None else future.result()
@@ -145,18 +158,55 @@ def _run_on_workers(
                 slide.error = slide.error or result
             if isinstance(result, Prepared):
                 slide.prepared = result
-                for name, run in _chunk_runs(result, workers):
-                    slide.out += 1
-                    submit(slide_id, name, embed_pending, slide.ref, plan, name, run, priority=1)
-            elif encoder is not None and slide.prepared is not None:
+                for at, whole in enumerate(result.passes):
+                    for part in whole.parts(workers * _RUNS_A_WORKER):
+                        slide.out += 1
+                        submit(slide_id, at, embed_pending, slide.ref, plan, part, priority=1)
+            elif number is not None and slide.prepared is not None:
                 slide.out -= 1
-                if isinstance(result, EmbedReport):
-                    report = slide.reports.setdefault(encoder, EmbedReport())
-                    report.add(result)
-                    on_tiles(slide_id, report.tiles, slide.prepared.n_tiles)
+                if not isinstance(result, Exception):
+                    slide.reports.append(result)
+                    read = max((report.tiles for report in result.values()), default=0)
+                    slide.tiles[number] = slide.tiles.get(number, 0) + read
+                    on_tiles(slide_id, slide.tiles[number], slide.prepared.passes[number].n_tiles)
             if slide.out == 0:
                 prepare_next()
                 yield _close(slide, plan)
+
+
+def spread_calls(
+    work: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *, workers: int, scheduler: str | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Call a function with each of some arguments on Dask workers; number and result of each as it ends.
+
+    An object that stands in several calls is sent to the workers once.
+
+    Args:
+        work: Found by its name on the workers.
+        calls: Arguments of each call.
+        workers: Processes that are started on this machine.
+        scheduler: Address of a Dask scheduler whose workers are used instead.
+
+    Raises:
+        UsageError: There is no scheduler at that address.
+        Exception: What a call raised; those that have not ended are given up.
+    """
+    from distributed import as_completed
+
+    objects = {id(argument): argument for arguments in calls for argument in arguments}
+    uses = Counter(id(argument) for arguments in calls for argument in arguments)
+    with _client(workers, scheduler) as client:
+        sent = {key: client.scatter(objects[key], hash=False) for key, n_uses in uses.items() if n_uses > 1}
+        numbers = {
+            client.submit(_attempt, work, *(sent.get(id(one), one) for one in arguments), pure=False): number
+            for number, arguments in enumerate(calls)
+        }
+        for future in as_completed(list(numbers)):
+            result = future.result()
+            if isinstance(result, Exception):
+                raise result
+            yield numbers.pop(future), result
+            future.release()
 
 
 def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -178,13 +228,6 @@ def _close(slide: _Progress, plan: RunPlan) -> SlideOutcome:
         return _failed(slide.ref, plan, error, seconds)
 
 
-def _chunk_runs(prepared: Prepared, workers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for encoder, chunks in prepared.pending.items():
-        length = max(1, -(-len(chunks) // (workers * _RUNS_A_WORKER)))
-        for first in range(0, len(chunks), length):
-            yield encoder, chunks[first : first + length]
-
-
 def _failed(ref: SlideRef, plan: RunPlan, error: Exception, seconds: float) -> SlideOutcome:
     if isinstance(error, StoreWriteError):
         check_writable(plan.out)  # a full disk fails every slide behind this one: say so once, now
@@ -198,12 +241,22 @@ def _failed(ref: SlideRef, plan: RunPlan, error: Exception, seconds: float) -> S
 
 
 @contextlib.contextmanager
-def _local_client(workers: int) -> Iterator[Any]:
+def _client(workers: int, scheduler: str | None = None) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
     quiet = {"distributed.comm.timeouts.connect": "60s", "logging.distributed": "critical"}
     with dask.config.set(quiet), contextlib.ExitStack() as stack:
+        if scheduler is not None:
+            try:
+                client = Client(scheduler, timeout=_SCHEDULER_ANSWERS_S)
+            except (OSError, ValueError) as error:
+                raise UsageError(
+                    f"--scheduler {scheduler}: no Dask scheduler answers there ({error}); start one with 'dask "
+                    "scheduler' and give its address, such as tcp://host:8786, or use --workers"
+                ) from None
+            yield stack.enter_context(client)
+            return
         with _keyboard_interrupt_held_back():
             cluster = LocalCluster(
                 n_workers=workers,

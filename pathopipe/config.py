@@ -2,15 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pathopipe.errors import UsageError
 from pathopipe.registry import nearest
 
-__all__ = ["Config", "EmbedConfig", "SegmentConfig", "SlideConfig", "TilesConfig", "TissueConfig", "load_config"]
+__all__ = [
+    "Config",
+    "EmbedConfig",
+    "SegmentConfig",
+    "SlideConfig",
+    "TilesConfig",
+    "TilesSection",
+    "TissueConfig",
+    "load_config",
+]
 
 
 class _Section(BaseModel):
@@ -40,13 +49,7 @@ class TissueConfig(_Section):
     """Slides with less tissue are flagged ``little-tissue``."""
 
 
-class TilesConfig(_Section):
-    """Which tiles are cut."""
-
-    side_px: int = Field(default=256, ge=16, le=8192)
-    """Side of a tile in pixels at ``mpp``; 256 px at 0.5 um/px is 128 um of tissue."""
-    mpp: float = Field(default=0.5, ge=0.05, le=50)
-    """Micrometres per tile pixel."""
+class _TileOptions(_Section):
     overlap_px: int = Field(default=0, ge=0)
     """Pixels that neighbouring tiles share; must be less than ``side_px``."""
     min_tissue: float = Field(default=0.25, ge=0, le=1)
@@ -58,6 +61,28 @@ class TilesConfig(_Section):
     resample: Literal["auto", "area"] = "auto"
     """How tiles are made from pixels 2, 4 or 8 times finer: ``auto`` decodes JPEG blocks at reduced size where it can,
     which is quickest; ``area`` always decodes them whole and averages."""
+    cellular_share: float | None = Field(default=None, gt=0, le=1)
+    """Keep only this share of the tiles with tissue, those with most nuclei: 0.2 is the fifth that KimiaNet was trained
+    on. All are kept when left out."""
+    scales_um: tuple[Annotated[float, Field(ge=0.05, le=50)], ...] = ()
+    """Further micrometres a pixel at which the place of every tile is cut as well: the same centre, the same side in
+    pixels, hence more or less tissue around it. One that is ``mpp`` itself is passed over."""
+
+    @field_validator("scales_um")
+    @classmethod
+    def _scales_are_different(cls, scales_um: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{scale:g}" for scale in scales_um}) < len(scales_um):
+            raise ValueError("each of scales_um may be given once")
+        return scales_um
+
+
+class TilesConfig(_TileOptions):
+    """Which tiles are cut, for one encoder."""
+
+    side_px: int = Field(default=256, ge=16, le=8192)
+    """Side of a tile in pixels at ``mpp``; 256 px at 0.5 um/px is 128 um of tissue."""
+    mpp: float = Field(default=0.5, ge=0.05, le=50)
+    """Micrometres per tile pixel."""
 
     @model_validator(mode="after")
     def _overlap_is_less_than_a_tile(self) -> Self:
@@ -66,13 +91,44 @@ class TilesConfig(_Section):
         return self
 
 
+class TilesSection(_TileOptions):
+    """Which tiles are cut; size and resolution are those of each encoder's recipe where they are left out."""
+
+    side_px: int | None = Field(default=None, ge=16, le=8192)
+    """Side of a tile in pixels at ``mpp``; that of the encoder's recipe when left out (handcrafted: 256)."""
+    mpp: float | None = Field(default=None, ge=0.05, le=50)
+    """Micrometres per tile pixel; those of the encoder's recipe when left out (handcrafted: 0.5)."""
+
+    def settled(self, *, side_px: int, mpp: float) -> TilesConfig:
+        """The tiles of an encoder whose recipe says ``side_px`` at ``mpp``.
+
+        Raises:
+            UsageError: The overlap is no less than such a tile.
+        """
+        given = self.model_dump()
+        given["side_px"] = side_px if self.side_px is None else self.side_px
+        given["mpp"] = mpp if self.mpp is None else self.mpp
+        try:
+            return TilesConfig.model_validate(given)
+        except ValidationError as error:
+            raise UsageError("tiles: " + "; ".join(str(e["ctx"]["error"]) for e in error.errors())) from None
+
+
 class EmbedConfig(_Section):
     """How tiles become embeddings."""
 
     encoder: tuple[str, ...] = Field(default=("handcrafted",), min_length=1)
-    """Encoders to run: ``handcrafted`` or ``timm.<architecture>``."""
-    weights: Path | None = None
-    """Weights file for a ``timm.`` encoder (.safetensors, or .pt read with weights_only); random weights without."""
+    """Encoders to run, by the names of ``pathopipe encoders list``; or ``timm.<architecture>``."""
+    weights: Path | dict[str, Path] | None = None
+    """Weights file (.safetensors, or .pt read with weights_only); for several encoders a file by name. Without, a
+    ``timm.`` encoder has random weights, the others look in ``weights_dir`` and on the hub."""
+    weights_dir: Path | None = None
+    """Folder with weights, for machines without internet: ``<name>.safetensors``, or ``<owner>/<name>/<file>`` as on
+    the hub. Where it is set, nothing is downloaded."""
+    catalog: Path | None = None
+    """YAML file with encoders of your own, in the form of ``pathopipe encoders show NAME --yaml``."""
+    trust_remote_code: bool = False
+    """Run the code that some encoders keep in their hub repository; refused otherwise."""
     batch_size: int | None = Field(default=None, ge=1)
     """Tiles the model sees at once; chosen by device when left out."""
     chunk_rows: int | None = Field(default=None, ge=1)
@@ -81,7 +137,8 @@ class EmbedConfig(_Section):
     """Where networks run."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of networks; ``bf16`` and ``fp16`` are autocast. ``auto`` is bf16 weights on a CPU that has bf16
-    arithmetic (fp32 if they don't agree with it), fp32 on other CPUs, and bf16 autocast on a GPU that has it."""
+    arithmetic (fp32 if they don't agree with it), fp32 on other CPUs, and on a GPU the autocast that the encoder's
+    authors use (bf16 for ``timm.`` encoders where the GPU has it)."""
     read_threads: int | None = Field(default=None, ge=1, le=256)
     """Threads that read tiles; the number of usable cores when left out."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
@@ -113,7 +170,7 @@ class Config(_Section):
 
     slide: SlideConfig = SlideConfig()
     tissue: TissueConfig = TissueConfig()
-    tiles: TilesConfig = TilesConfig()
+    tiles: TilesSection = TilesSection()
     embed: EmbedConfig = EmbedConfig()
     segment: SegmentConfig = SegmentConfig()
 
@@ -164,8 +221,8 @@ def _apply_override(settings: dict[str, Any], text: str) -> None:
     target = settings.setdefault(section, {})
     if not isinstance(target, dict):
         raise UsageError(f"--set {text}: '{section}' is not a section")
-    if name in ("encoder", "tasks") and isinstance(parsed, str):
-        parsed = [part.strip() for part in parsed.split(",") if part.strip()]
+    if name in ("encoder", "tasks", "scales_um") and isinstance(parsed, str | int | float):
+        parsed = [part.strip() for part in str(parsed).split(",") if part.strip()]
     target[name] = parsed
 
 

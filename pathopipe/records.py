@@ -141,6 +141,11 @@ class TileGrid:
     """(N, 2) top-left corners, x then y."""
     tissue_fraction: NDArray[np.float32]
     """(N,) share of each tile that is tissue."""
+    cellularity: NDArray[np.float32] | None = None
+    """(N,) share of each tile that nuclei cover, where tiles were chosen by it."""
+    around: str | None = None
+    """Name of the grid whose tiles these have in their middle, row by row; None for a grid of its own. They start
+    where their middles say, not at ``floor(k * stride)``, some of them outside the slide."""
 
     def __len__(self) -> int:
         return len(self.xy_l0)

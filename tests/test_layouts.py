@@ -82,6 +82,58 @@ def test_trident(tmp_path: Path) -> None:
     check_rows(file, VALUES)
 
 
+def test_trident_states_size_overlap_and_magnification(tmp_path: Path) -> None:
+    stated = {
+        "patch_size": 224,
+        "patch_size_level0": 448,
+        "target_magnification": 20,
+        "overlap": 32,
+        "level0_width": 9000,
+        "level0_height": 7000,
+    }
+    path = put_h5(tmp_path / "features_x" / "s.h5", {"features": VALUES, "coords": XY}, of_coords=stated)
+    file = open_features(path)
+    assert (file.patch_px, file.nominal_mpp, file.overlap_px, file.dims_l0) == (224, 0.5, 32, (9000, 7000))
+    assert (file.coord_path, file.patch_side) == (path, 448.0)
+    # The same of the patches file, where the features' own says nothing.
+    bare = put_h5(tmp_path / "features_y" / "s.h5", {"features": VALUES, "coords": XY})
+    put_h5(tmp_path / "patches" / "s_patches.h5", {"coords": XY}, of_coords=stated)
+    file = open_features(bare)
+    assert (file.patch_px, file.nominal_mpp, file.overlap_px, file.dims_l0) == (224, 0.5, 32, (9000, 7000))
+
+
+@pytest.mark.parametrize(("level", "dims_l0"), [(0, (9000, 7000)), (1, None)])
+def test_clam_states_the_size_of_the_slide_at_level_0_only(
+    tmp_path: Path, level: int, dims_l0: tuple[int, int] | None
+) -> None:
+    path = put_h5(tmp_path / "h5_files" / "s.h5", {"features": VALUES, "coords": XY})
+    put_h5(
+        tmp_path / "patches" / "s.h5",
+        {"coords": XY},
+        of_coords={"patch_size": 256, "patch_level": level, "downsample": [1.0, 1.0], "level_dim": [9000, 7000]},
+    )
+    assert (open_features(path).dims_l0, open_features(path).patch_px) == (dims_l0, 256)
+
+
+@pytest.mark.parametrize("folder", ["h5_files", "patches"])
+def test_coordinates_beside_a_bare_tensor(tmp_path: Path, folder: str) -> None:
+    path = tmp_path / "pt_files" / "s.1.pt"
+    path.parent.mkdir()
+    torch.save(torch.from_numpy(VALUES), path)
+    assert open_features(path, beside=True).coordinates() is None
+    other = put_h5(
+        tmp_path / folder / "s.1.h5", {"coords": XY, **({"features": VALUES} if folder != "patches" else {})}
+    )
+    assert open_features(path).coordinates() is None
+    file = open_features(path, beside=True)
+    assert (file.coord_path, file.coord_unit, file.layout) == (other, "px_l0", "pt")
+    assert np.array_equal(file.coordinates(), XY)  # type: ignore[arg-type]
+    check_rows(file, VALUES)
+    put_h5(other, {"coords": XY[:9]})
+    with pytest.raises(UsageError, match=rf"{other}: 'coords' has the shape \(9, 2\) beside 50 rows"):
+        open_features(path, beside=True).coordinates()
+
+
 def test_tridents_folder_names_the_encoder(tmp_path: Path) -> None:
     path = tmp_path / "features_uni_v1" / "s.pt"
     path.parent.mkdir()
@@ -112,6 +164,7 @@ def test_stamp(tmp_path: Path) -> None:
         },
     )
     file = open_features(path)
+    assert (file.patch_px, file.nominal_mpp, file.dims_l0) == (224, None, None)
     assert (file.layout, file.encoder, file.dtype, file.coord_unit, file.patch_side) == (
         "stamp",
         "ctranspath",

@@ -1,14 +1,17 @@
-"""``pathopipe export``: objects of a store for QuPath, GIS and single-cell programs."""
+"""``pathopipe export``: objects and embeddings of a store for QuPath, GIS, single-cell and MIL programs."""
 
 import sys
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from pathopipe.export.features import FeatureExport
     from pathopipe.export.objects import LayerExport
+    from pathopipe.layouts import Layout
     from pathopipe.store import SlideStore
 
 __all__ = ["app"]
@@ -22,6 +25,35 @@ _Target = Annotated[Path, typer.Option("--out", metavar="PATH", help="A folder; 
 _Layers = Annotated[
     list[str] | None, typer.Option("--layer", metavar="NAME", help="Which objects; may be repeated. Default: all.")
 ]
+
+
+_Encoder = Annotated[
+    str | None, typer.Option("--encoder", metavar="NAME", help="Which embeddings. Default: those that there are.")
+]
+_Grid = Annotated[
+    str | None, typer.Option("--grid", metavar="NAME", help="On which grid. Default: the one that there is.")
+]
+_EmbeddingEncoder = Annotated[
+    str | None, typer.Option("--encoder", metavar="NAME", help="Write embeddings of this encoder, not objects.")
+]
+_EmbeddingGrid = Annotated[
+    str | None, typer.Option("--grid", metavar="NAME", help="Write embeddings on this grid, not objects.")
+]
+
+
+class Hdf5Layout(StrEnum):
+    """Whose folders and names."""
+
+    CLAM = "clam"
+    TRIDENT = "trident"
+    STAMP = "stamp"
+
+
+class PtLayout(StrEnum):
+    """Whose folders and names."""
+
+    CLAM = "clam"
+    TRIDENT = "trident"
 
 
 @app.callback()
@@ -94,19 +126,29 @@ def parquet(
     out: _Target,
     layer: _Layers = None,
     merge: Annotated[bool, typer.Option("--merge", help="One file a layer for all slides.")] = False,
+    encoder: _EmbeddingEncoder = None,
+    grid: _EmbeddingGrid = None,
 ) -> None:
-    """Write objects as GeoParquet: outlines, classes, measurements, for geopandas, DuckDB, QGIS.
+    """Write objects as GeoParquet: outlines, classes, measurements, for geopandas, DuckDB, QGIS. Or embeddings.
 
     \b
     Examples:
       pathopipe export parquet results --out tables
       pathopipe export parquet results --merge --layer nuclei --out cohort.parquet
       pathopipe export parquet results/slides/slide.zarr --layer nuclei --out nuclei.parquet
+      pathopipe export parquet results --encoder handcrafted --out tables
 
-    Coordinates are level-0 pixels of the whole scan.
+    Coordinates are level-0 pixels of the whole scan. With --encoder or --grid, or where there are no objects, a row is
+    a tile and holds its embedding: <slide_id>.<encoder>.parquet. Quarantined tiles are left out.
     """
-    from pathopipe.export.tables import export_parquet
+    from pathopipe.errors import UsageError
+    from pathopipe.export.tables import export_parquet, export_parquet_embeddings
 
+    if _wants_embeddings(where, layer, encoder, grid):
+        if merge:
+            raise UsageError("--merge is for objects; embeddings are one file a slide")
+        _export_embeddings(where, out, ".parquet", encoder, grid, export_parquet_embeddings)
+        return
     stores = _open_stores(where)
     jobs = _choose(stores, layer, where)
     n_files = len({name for _, name in jobs}) if merge else len(jobs)
@@ -125,18 +167,30 @@ def parquet(
 
 
 @app.command("anndata")
-def anndata(where: _Where, out: _Target, layer: _Layers = None) -> None:
-    """Write objects as AnnData (.h5ad): measurements as X, classes in obs, centroids in obsm.
+def anndata(
+    where: _Where,
+    out: _Target,
+    layer: _Layers = None,
+    encoder: _EmbeddingEncoder = None,
+    grid: _EmbeddingGrid = None,
+) -> None:
+    """Write objects as AnnData (.h5ad): measurements as X, classes in obs, centroids in obsm. Or embeddings.
 
     \b
     Examples:
       pathopipe export anndata results --layer nuclei --out h5ad
       pathopipe export anndata results/slides/slide.zarr --layer nuclei --out nuclei.h5ad
+      pathopipe export anndata results --encoder handcrafted --out h5ad
 
+    With --encoder or --grid, or where there are no objects, a row is a tile, X its embedding and obsm['spatial'] its
+    centre: <slide_id>.<encoder>.h5ad. Quarantined tiles are left out.
     Needs the package anndata: pip install 'pathopipe[anndata]'.
     """
-    from pathopipe.export.tables import export_anndata
+    from pathopipe.export.tables import export_anndata, export_anndata_embeddings
 
+    if _wants_embeddings(where, layer, encoder, grid):
+        _export_embeddings(where, out, ".h5ad", encoder, grid, export_anndata_embeddings)
+        return
     jobs = _choose(_open_stores(where), layer, where)
     single = _single_file(out, ".h5ad", len(jobs))
 
@@ -145,6 +199,151 @@ def anndata(where: _Where, out: _Target, layer: _Layers = None) -> None:
         print(f"{made.path}: {made.objects} objects of {name}")
 
     _each(jobs, write)
+
+
+@app.command("h5")
+def h5(
+    where: _Where,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder; theirs go into it.")],
+    layout: Annotated[Hdf5Layout, typer.Option("--layout", help="Whose folders, names and units.")],
+    encoder: _Encoder = None,
+    grid: _Grid = None,
+) -> None:
+    """Write embeddings as HDF5 for other MIL code, in the layout of CLAM, TRIDENT or STAMP.
+
+    \b
+    Examples:
+      pathopipe export h5 results --layout clam --out clam
+      pathopipe export h5 results --layout trident --encoder virchow2 --out trident
+      pathopipe export h5 results/slides/slide.zarr --layout stamp --out stamp
+
+    clam: h5_files/<id>.h5 and patches/<id>.h5, float32, level-0 pixels.
+    trident: features_<encoder>/<id>.h5 and patches/<id>_patches.h5, float32, level-0 pixels.
+    stamp: <encoder>-<hash>/<id>.h5, float16, micrometres.
+    Rows keep the order of the store; quarantined tiles are left out, and how many is said.
+    """
+    from pathopipe.export.features import export_hdf5
+
+    _check_folder(out)
+    chosen: Layout = layout.value
+    grid, encoder, paths = _choose_embeddings(where, encoder, grid)
+    _each_slide(paths, lambda store: _tell_features(export_hdf5(out, store, grid, encoder, chosen)))
+
+
+@app.command("pt")
+def pt(
+    where: _Where,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder; theirs go into it.")],
+    layout: Annotated[PtLayout, typer.Option("--layout", help="Whose folders and names.")] = PtLayout.CLAM,
+    encoder: _Encoder = None,
+    grid: _Grid = None,
+) -> None:
+    """Write embeddings as tensors (.pt) for other MIL code: one float32 tensor (tiles, numbers) a slide.
+
+    \b
+    Examples:
+      pathopipe export pt results --out clam
+      pathopipe export pt results --layout trident --encoder virchow2 --out trident
+
+    clam: pt_files/<id>.pt and patches/<id>.h5. trident: features_<encoder>/<id>.pt and patches/<id>_patches.h5.
+    Rows keep the order of the store; quarantined tiles are left out, and how many is said.
+    """
+    from pathopipe.export.features import export_pt
+
+    _check_folder(out)
+    chosen: Layout = layout.value
+    grid, encoder, paths = _choose_embeddings(where, encoder, grid)
+    _each_slide(paths, lambda store: _tell_features(export_pt(out, store, grid, encoder, chosen)))
+
+
+def _check_folder(out: Path) -> None:
+    from pathopipe.errors import UsageError
+
+    if out.is_file() or (not out.is_dir() and out.suffix.lower() in (".h5", ".hdf5", ".pt")):
+        raise UsageError(f"--out {out}: give a folder; files are named by slide id, in the folders of the layout")
+
+
+def _wants_embeddings(where: Path, layers: Sequence[str] | None, encoder: str | None, grid: str | None) -> bool:
+    """Whether the tables are to be of embeddings: where they are named, or there is nothing else."""
+    from pathopipe.errors import UsageError
+
+    if encoder is not None or grid is not None:
+        if layers:
+            raise UsageError("--layer is for objects, --encoder and --grid for embeddings; export them one by one")
+        return True
+    if layers:
+        return False
+    stores = _open_stores(where)
+    return not any(store.layers() for store in stores) and any(
+        store.encoders(name) for store in stores for name in store.grids()
+    )
+
+
+def _export_embeddings(
+    where: Path,
+    out: Path,
+    suffix: str,
+    encoder: str | None,
+    grid: str | None,
+    export: Callable[[Path, "SlideStore", str, str], "FeatureExport"],
+) -> None:
+    """Write a table a slide."""
+    grid, encoder, paths = _choose_embeddings(where, encoder, grid)
+    single = _single_file(out, suffix, len(paths))
+
+    def write(store: "SlideStore") -> None:
+        path = out if single else out / f"{store.path.stem}.{encoder}{suffix}"
+        _tell_features(export(path, store, grid, encoder))
+
+    _each_slide(paths, write)
+
+
+def _choose_embeddings(where: Path, encoder: str | None, grid: str | None) -> tuple[str, str, list[Path]]:
+    """Grid, encoder and stores; a store that can't be opened fails later, alone."""
+    from pathopipe.errors import StoreError, UsageError
+    from pathopipe.export.features import choose_embeddings, known_embeddings
+    from pathopipe.store import SlideStore
+
+    paths = _store_paths(where)
+    known: dict[tuple[str, str], None] = {}
+    for path in paths:
+        try:
+            known |= dict.fromkeys(known_embeddings(SlideStore.open(path)))
+        except StoreError:
+            if len(paths) == 1:
+                raise
+    try:
+        return *choose_embeddings(list(known), encoder=encoder, grid=grid), paths
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _each_slide(paths: Sequence[Path], write: Callable[["SlideStore"], None]) -> None:
+    """Write every slide; one that fails is named and the others go on, but for a disk that is full."""
+    from pathopipe.errors import StoreError, StoreWriteError
+    from pathopipe.store import SlideStore
+
+    failed = False
+    for path in paths:
+        try:
+            write(SlideStore.open(path))
+        except StoreError as error:
+            if len(paths) == 1 or isinstance(error, StoreWriteError):
+                raise
+            print(f"failed: {path.stem}: {error}", file=sys.stderr)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
+def _tell_features(made: "FeatureExport") -> None:
+    if made.files:
+        print(f"{made.files[0]}: {made.tiles} tiles of {made.encoder} on {made.grid}")
+    else:
+        print(f"note: {made.slide_id}: no tiles; this layout has no file for it", file=sys.stderr)
+    if made.left_out:
+        tiles = "tile" if made.left_out == 1 else "tiles"
+        print(f"note: {made.slide_id}: {made.left_out} quarantined {tiles} left out", file=sys.stderr)
 
 
 def _each(jobs: Sequence[tuple["SlideStore", str]], write: Callable[["SlideStore", str], None]) -> None:
@@ -164,16 +363,21 @@ def _each(jobs: Sequence[tuple["SlideStore", str]], write: Callable[["SlideStore
         raise typer.Exit(1)
 
 
-def _open_stores(where: Path) -> list["SlideStore"]:
+def _store_paths(where: Path) -> list[Path]:
     from pathopipe.errors import UsageError
-    from pathopipe.store import SlideStore
 
     paths = [where] if where.suffix == ".zarr" else sorted((where / "slides").glob("*.zarr"))
     if not paths or not paths[0].exists():
         raise UsageError(
             f"{where}: no store here; give a .zarr store, or the --out folder of 'pathopipe run' or 'segment'"
         )
-    return [SlideStore.open(path) for path in paths]
+    return paths
+
+
+def _open_stores(where: Path) -> list["SlideStore"]:
+    from pathopipe.store import SlideStore
+
+    return [SlideStore.open(path) for path in _store_paths(where)]
 
 
 def _choose(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,7 +87,13 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="mil.KEY=VALUE", help="One setting of training; may be given several times."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that share the models to train.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Dask processes that share the models to train.")] = 1,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Dask scheduler whose workers train instead; they must see the same files."
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where networks are trained.")] = Device.AUTO,
 ) -> None:
     """Train models over folds that keep patients whole, and say how good they are; run again to go on.
@@ -95,7 +102,7 @@ def train(
     Examples:
       pathopipe mil train --manifest labels.csv --features results --target tumour --out model
       pathopipe mil train --manifest labels.csv --features results --target grade --kind ordinal --out model
-          --head abmil,clam_sb,mean --set "mil.classes.grade=[low, mid, high]"
+          --head abmil,clam_sb,mean --workers 4 --set "mil.classes.grade=[low, mid, high]"
       pathopipe mil train --manifest labels.csv --features results --target days:died --by patient --out model
       pathopipe mil train --manifest labels.csv --features results --target msi --covariates age,sex --out model
 
@@ -105,11 +112,11 @@ def train(
     """
     import logging
 
-    from pathopipe.cluster import check_writable, usable_cores
+    from pathopipe.cluster import check_writable, spread_calls, usable_cores
     from pathopipe.mil.fit import choose_device
     from pathopipe.mil.ranking import rank_models, write_results
     from pathopipe.mil.settings import load_mil_config
-    from pathopipe.mil.train import TrainRequest, check_output, open_cohorts, train_all
+    from pathopipe.mil.train import TrainRequest, check_output, one_by_one, open_cohorts, train_all
 
     logging.basicConfig(format="note: %(message)s", level=logging.WARNING, stream=sys.stderr)
     request = TrainRequest(
@@ -128,7 +135,6 @@ def train(
         covariates=_names(covariates or ""),
         settings=load_mil_config(config, settings or ()),
         device=choose_device(device.value),
-        workers=workers,
         threads=max(1, usable_cores() // workers),
     )
     cohorts, notes = open_cohorts(request)
@@ -138,7 +144,8 @@ def train(
     check_output(request, cohorts)
     _say(_describe_cohort(cohorts[0]))
     _report_confounds(request, cohorts, _names(confounds), is_default=confounds == _CONFOUNDS)
-    jobs = train_all(request, cohorts, _say)
+    over_dask = partial(spread_calls, workers=workers, scheduler=scheduler)
+    jobs = train_all(request, cohorts, _say, over_dask if workers > 1 or scheduler is not None else one_by_one)
     ranking = rank_models(request, cohorts, jobs)
     write_results(out, ranking)
     _print_ranking(ranking)

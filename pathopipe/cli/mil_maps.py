@@ -78,7 +78,7 @@ def _draw_store(
     mpp = None if store.slide["mpp"] is None else (float(store.slide["mpp"][0]), float(store.slide["mpp"][1]))
     said = [_say(ensemble, prediction, number) for number in range(len(ensemble.targets))]
     measured = [one.line() for one in faithfulness if one is not None]
-    picture = _background(store, file, slide_id)
+    picture = _background(store, file, slide_id, grid)
     rasters = []
     for one in maps:
         shown = tile_percentiles(one.values) if one.kind == "attention" else one.values
@@ -146,8 +146,8 @@ def _stem(one: TileMap) -> str:
     return one.kind + (f"-{label}" if label else "")
 
 
-def _background(store: SlideStore, file: Path | None, slide_id: str) -> NDArray[np.uint8]:
-    """The slide at low power: from its file where that is given, else the run's picture, else its tissue mask."""
+def _background(store: SlideStore, file: Path | None, slide_id: str, grid: TileGrid) -> NDArray[np.uint8]:
+    """The slide at low power: from its file where that is given, else the run's picture, its tissue mask, its tiles."""
     if file is not None:
         slide = open_slide(file, slide_id=slide_id, mpp=(store.slide["mpp"] or [None])[0])
         try:
@@ -160,7 +160,14 @@ def _background(store: SlideStore, file: Path | None, slide_id: str) -> NDArray[
         finally:
             slide.close()
     picture = read_picture(store.path.parent.parent / "thumbnails" / f"{slide_id}.png")
-    return picture if picture is not None else background_from_mask(store.read_tissue().mask)
+    if picture is not None:
+        return picture
+    if store.inputs("tissue") is not None:
+        return background_from_mask(store.read_tissue().mask)
+    # Imported features know no tissue: their tiles are all that there is.
+    dims_l0 = (int(store.slide["dims_l0"][0]), int(store.slide["dims_l0"][1]))
+    tiles = tile_raster(grid, dims_l0, np.ones(len(grid), np.float32)).values
+    return background_from_mask(np.isfinite(tiles).astype(np.uint8))
 
 
 def _write_qupath_tiles(path: Path, store: SlideStore, model: str, grid: TileGrid, maps: Sequence[TileMap]) -> None:

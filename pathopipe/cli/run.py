@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathopipe.cli.options import ConfigFile, EncoderNames, Out, Settings, read_config
+from pathopipe.cli.options import ConfigFile, Device, EncoderNames, Out, Settings, read_config
 from pathopipe.cli.progress import RunProgress, format_table
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def run(
     ],
     out: Out,
     encoder: EncoderNames = None,
+    device: Device = None,
     config: ConfigFile = None,
     settings: Settings = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
@@ -53,17 +54,19 @@ def run(
     Examples:
       pathopipe run slide.svs --out results
       pathopipe run slides/ --out results --workers 4
-      pathopipe run cohort.csv --out results --encoder handcrafted,timm.vit_small_patch16_224
+      pathopipe run cohort.csv --out results --encoder uni2-h,virchow2 --device cuda
       pathopipe run slide.tif --out results --set slide.mpp=0.25 --set tiles.side_px=512
       pathopipe run slides/ --out results --fresh tiles --set tiles.min_tissue=0.5
 
+    Tiles are cut as each encoder's authors did ("pathopipe encoders show NAME"), unless tiles.side_px or tiles.mpp say
+    otherwise; encoders that want the same tiles share what is read.
     A manifest is a CSV with the columns slide_id and path, and if wanted mpp, patient_id and labels.
     Exit code: 0 all done, 1 some slide failed, 2 wrong use, 130 interrupted.
     """
     from pathopipe.cluster import usable_cores
     from pathopipe.pipeline import RunPlan, check_plan
 
-    settled = read_config(config, settings, encoder=encoder)
+    settled = read_config(config, settings, encoder=encoder, device=device)
     refs = gather(slides, allow_missing=allow_missing)
     plan = RunPlan(
         out=out,

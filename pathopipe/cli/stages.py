@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pathopipe.cli.options import ConfigFile, EncoderNames, Mpp, Out, Settings, SlideFile, SlideId, read_config
+from pathopipe.cli.options import ConfigFile, Device, EncoderNames, Mpp, Out, Settings, SlideFile, SlideId, read_config
 from pathopipe.cli.progress import describe_outcome
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def tiles(
     out: Out,
     slide_id: SlideId = None,
     mpp: Mpp = None,
+    encoder: EncoderNames = None,
     config: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
@@ -52,9 +53,10 @@ def tiles(
     \b
     Examples:
       pathopipe tiles slide.svs --out results
+      pathopipe tiles slide.svs --out results --encoder virchow2
       pathopipe tiles slide.svs --out results --set tiles.side_px=512 --set tiles.mpp=1.0
     """
-    outcome = _run_stage("tiles", slide, slide_id, out, read_config(config, settings, mpp=mpp))
+    outcome = _run_stage("tiles", slide, slide_id, out, read_config(config, settings, encoder=encoder, mpp=mpp))
     print(f"{outcome.slide_id}: tiles {_how(outcome)}: {outcome.tiles} tiles")
 
 
@@ -64,6 +66,7 @@ def embed(
     slide_id: SlideId = None,
     mpp: Mpp = None,
     encoder: EncoderNames = None,
+    device: Device = None,
     config: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
@@ -74,7 +77,9 @@ def embed(
       pathopipe embed slide.svs --out results
       pathopipe embed slide.svs --out results --encoder timm.resnet18 --set embed.weights=resnet18.safetensors
     """
-    outcome = _run_stage("embed", slide, slide_id, out, read_config(config, settings, encoder=encoder, mpp=mpp))
+    outcome = _run_stage(
+        "embed", slide, slide_id, out, read_config(config, settings, encoder=encoder, mpp=mpp, device=device)
+    )
     print(describe_outcome(outcome))
 
 

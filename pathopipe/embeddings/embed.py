@@ -1,8 +1,9 @@
 """The embedding stage: runs one encoder over chunks of a slide's tiles and stores each chunk whole."""
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathopipe.config import EmbedConfig
-from pathopipe.embeddings.catalog import EncoderSpec, find_encoder
 from pathopipe.embeddings.handcrafted import FEATURE_NAMES, HANDCRAFTED_VERSION, handcrafted_features
+from pathopipe.embeddings.recipe import EncoderSpec
 from pathopipe.records import STATUS_NOT_FINITE, STATUS_OK, STATUS_OVERFLOW, STATUS_UNREADABLE, TileGrid
 from pathopipe.slide.base import Slide
 from pathopipe.store import EmbeddingArray
 from pathopipe.tiles.read import TileBatch, stream_batches
 
-__all__ = ["EmbedReport", "Encoder", "HandcraftedEncoder", "build_encoder", "embed_chunks"]
+__all__ = ["EmbedReport", "Encoder", "HandcraftedEncoder", "Lane", "build_encoder", "embed_chunks"]
 
 
 class Encoder(Protocol):
@@ -125,20 +126,19 @@ class EmbedReport:
 _FAULTS_KEPT = 5
 
 
-def build_encoder(name: str, config: EmbedConfig, *, mpp: tuple[float, float], threads: int) -> Encoder:
-    """Build an encoder by name. torch is imported for networks only.
+def build_encoder(spec: EncoderSpec, config: EmbedConfig, *, mpp: tuple[float, float], threads: int) -> Encoder:
+    """Build an encoder. torch is imported for networks only.
 
     Args:
-        name: A name of the catalogue.
+        spec: Its row of the catalogue.
         config: Weights, device, precision, seed.
         mpp: Micrometres per pixel of the tiles, x then y.
         threads: Threads of encoders that run on the CPU.
 
     Raises:
-        UsageError: No such encoder, architecture or device.
-        EncoderError: The weights don't fit.
+        UsageError: No such architecture or device.
+        EncoderError: It can't be built here, there are no weights, or they don't fit.
     """
-    spec = find_encoder(name)
     if spec.loader == "handcrafted":
         # Its many small array operations hold the interpreter's lock: a second thread gains nothing (measured).
         return HandcraftedEncoder(spec, mpp=mpp)
@@ -147,74 +147,110 @@ def build_encoder(name: str, config: EmbedConfig, *, mpp: tuple[float, float], t
     from pathopipe.embeddings.encoder import NetworkEncoder
 
     torch.set_num_threads(threads)
-    return NetworkEncoder(
-        spec, weights=config.weights, seed=config.seed, device=config.device, precision=config.precision
-    )
+    return NetworkEncoder(spec, config)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One encoder's part in a pass over the tiles of a grid."""
+
+    rows: EmbeddingArray
+    """Where its numbers go. All lanes of a pass have equal chunks."""
+    encoder: Encoder
+    chunks: frozenset[int]
+    """Indices of the chunks that it computes."""
+    batch_size: int
+    """Tiles that it sees at once."""
 
 
 def embed_chunks(
     slide: Slide,
     grid: TileGrid,
-    rows: EmbeddingArray,
-    encoder: Encoder,
-    chunks: Iterable[int],
+    lanes: Sequence[Lane],
     *,
-    batch_size: int,
     threads: int,
     on_tiles: Callable[[int], None] = lambda n_tiles: None,
-) -> EmbedReport:
-    """Compute and store some chunks.
+) -> list[EmbedReport]:
+    """Compute and store some chunks of one or several encoders; each tile is read once for all of them.
 
     A tile that can't be read, or whose numbers are not finite or too large for the store, is quarantined: its row is
-    NaN and its status says why. Whatever ends the run early, the chunks that were finished stay.
+    NaN and its status says why. Whatever ends the run early, the chunks that were finished stay. An encoder sees the
+    same batches in company as alone, so company does not change its numbers.
 
     Args:
         slide: Where the pixels come from.
         grid: The tiles.
-        rows: Where the numbers go.
-        encoder: Makes the numbers.
-        chunks: Indices of the chunks to compute.
-        batch_size: Tiles the encoder sees at once.
+        lanes: The encoders.
         threads: Reading threads.
-        on_tiles: Told of the tiles of each finished batch.
+        on_tiles: Told of the tiles of each batch when all encoders are done with it.
+
+    Returns:
+        A report a lane. What reading took is shared out evenly among those that a batch was read for.
     """
-    report = EmbedReport()
-    todo = [(chunk, rows.chunk_slice(chunk)) for chunk in chunks]
-    batches = stream_batches(slide, grid, todo, batch_size=batch_size, threads=threads, allocate=encoder.allocate)
-    chunk_writer = _ChunkWriter(rows)
-    started: deque[tuple[TileBatch, Callable[[], NDArray[np.float32]]]] = deque()
+    reports = [EmbedReport() for _ in lanes]
+    writers = [_ChunkWriter(lane.rows) for lane in lanes]
+    if not lanes:
+        return reports
+    todo = [
+        (chunk, lanes[0].rows.chunk_slice(chunk)) for chunk in sorted(frozenset().union(*(x.chunks for x in lanes)))
+    ]
+    # Those that compute beside this thread begin first.
+    order = sorted(range(len(lanes)), key=lambda number: -lanes[number].encoder.ahead)
+    first = lanes[order[0]].encoder
+    # So that the borders of every lane's own batches are where they would be if it were alone.
+    batch_size = math.lcm(*(lane.batch_size for lane in lanes))
+    batches = stream_batches(slide, grid, todo, batch_size=batch_size, threads=threads, allocate=first.allocate)
+    started: deque[tuple[TileBatch, list[tuple[int, _Result]]]] = deque()
 
     def finish_first() -> None:
-        batch, result = started.popleft()
-        asked = time.perf_counter()
-        computed = result()
-        got = time.perf_counter()
-        chunk_writer.add(batch, computed)
-        report.add(EmbedReport(tiles=len(computed), model_s=got - asked, write_s=time.perf_counter() - got))
-        on_tiles(len(computed))
+        batch, results = started.popleft()
+        for number, result in results:
+            asked = time.perf_counter()
+            computed = result()
+            got = time.perf_counter()
+            writers[number].add(batch, computed)
+            reports[number].add(
+                EmbedReport(tiles=len(computed), model_s=got - asked, write_s=time.perf_counter() - got)
+            )
+        on_tiles(batch.rows.stop - batch.rows.start)
 
     try:
         asked = time.perf_counter()
         for batch in batches:
-            got = time.perf_counter()
-            # Unreadable tiles go in as well (black), so that their neighbours are computed in the same batch as ever.
-            started.append((batch, encoder.start(batch.images)))
-            report.add(
-                EmbedReport(
-                    read_s=batch.reading_s,
-                    model_s=time.perf_counter() - got,
-                    waiting_s=got - asked,
-                    faults=batch.faults,
+            waiting_s = time.perf_counter() - asked
+            takers = [number for number in order if batch.chunk in lanes[number].chunks]
+            results = []
+            for number in takers:
+                began = time.perf_counter()
+                # Unreadable tiles go in as well (black), so that their neighbours are in the same batch as ever.
+                results.append((number, _start(lanes[number], batch.images)))
+                reports[number].add(
+                    EmbedReport(
+                        read_s=batch.reading_s / len(takers),
+                        model_s=time.perf_counter() - began,
+                        waiting_s=waiting_s / len(takers),
+                        faults=batch.faults,
+                    )
                 )
-            )
-            while len(started) > encoder.ahead:
+            started.append((batch, results))
+            while len(started) > first.ahead:
                 finish_first()
             asked = time.perf_counter()
         while started:
             finish_first()
     finally:
         batches.close()
-    return report
+    return reports
+
+
+_Result = Callable[[], NDArray[np.float32]]
+
+
+def _start(lane: Lane, images: NDArray[np.uint8]) -> _Result:
+    """Begin to encode the tiles of a batch, in batches of the lane's own size."""
+    step = lane.batch_size
+    parts = [lane.encoder.start(images[at : at + step]) for at in range(0, len(images), step)]
+    return parts[0] if len(parts) == 1 else lambda: np.concatenate([part() for part in parts])
 
 
 class _ChunkWriter:

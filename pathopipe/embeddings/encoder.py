@@ -1,31 +1,41 @@
-"""Networks as encoders: built by timm, fed uint8 tiles, normalised on their own device."""
+"""Networks as encoders: built, filled with weights, fed uint8 tiles that are made ready on their own device."""
 
+import json
 import logging
 import math
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from pathopipe.embeddings.catalog import TIMM_PREFIX, EncoderSpec
+from pathopipe.config import EmbedConfig
+from pathopipe.embeddings.networks import EncoderNetwork, build_network, input_px, load_remote, timm_recipe
 from pathopipe.embeddings.precision import (
     LEAST_COSINE,
-    Asked,
     Precision,
     check_tiles,
     choose_precision,
     least_cosine,
     with_bf16_weights,
 )
-from pathopipe.embeddings.torchvision_import import import_torchvision
+from pathopipe.embeddings.recipe import EncoderSpec
+from pathopipe.embeddings.transform import TileTransform
+from pathopipe.embeddings.weights import (
+    find_repository,
+    find_weights,
+    hash_parameters,
+    load_weights,
+    locate_weights,
+    note_download,
+    weights_help,
+)
 from pathopipe.errors import EncoderError, UsageError
-from pathopipe.registry import nearest
 
 __all__ = ["NetworkEncoder"]
 
@@ -35,69 +45,83 @@ _AUTOCAST = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}
 
 
 class NetworkEncoder:
-    """A timm architecture that turns tiles into vectors.
+    """A network of the catalogue, or any architecture of timm, that turns tiles into vectors.
 
-    Tiles are resized to the network's input (bicubic with antialias), scaled and normalised as timm's recipe for the
-    architecture says, and pooled as it pools by default.
+    Tiles go through the recipe's transform, and what the recipe says is taken from the network. Of a bare architecture
+    of timm (``timm.<name>``) the transform is timm's own for it, and what it returns is taken.
 
-    On a CUDA device batches overlap: while one is computed, the next one is copied.
+    A tile's vector does not depend on its neighbours: in fp32, other batches or another order move it by no more than
+    1e-5 of its length, by rounding (on the CPU that it was measured on, not at all). On a CUDA device batches overlap:
+    while one is computed, the next one is copied.
     """
 
     ahead: int
     """Batches that may be started before the result of the first is fetched: 1 on a GPU, none on a CPU."""
 
-    def __init__(
-        self,
-        spec: EncoderSpec,
-        *,
-        weights: Path | None,
-        seed: int = 0,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
-        precision: Asked = "auto",
-    ) -> None:
+    def __init__(self, spec: EncoderSpec, config: EmbedConfig, *, download: bool = True) -> None:
         """Build the network and load its weights.
 
         Where ``auto`` means bf16 weights, they are tried on a few drawn tiles first: unless every vector's cosine to
         that of fp32 is above 0.999, the network stays in fp32 and a warning is logged.
 
+        Args:
+            spec: Its row. A bare architecture of timm gets random weights where the config names none.
+            config: Weights, device, precision, seed.
+            download: Whether the hub may be asked for weights that are not on this machine.
+
         Raises:
-            UsageError: timm has no such architecture, or there is no CUDA device where one is asked for.
-            EncoderError: The weights don't fit; the message names the keys.
+            UsageError: There is no CUDA device where one is asked for.
+            EncoderError: It can't be built here, there are no weights, or they don't fit; the message names the keys.
         """
         self._name = spec.name
-        self.device = _choose_device(device)
+        self.device = _choose_device(config.device)
         self._lane: _Lane = _CudaLane(self.device) if self.device.type == "cuda" else _HostLane()
         self.ahead = self._lane.ahead
-        model = _build(spec.name.removeprefix(TIMM_PREFIX), seed)
-        recipe = _recipe(model)
-        weights_sha256 = _load_weights(model, weights) if weights is not None else _hash_parameters(model)
-        self._model = model.eval().requires_grad_(False).to(self.device)
-        _, self._input_height, self._input_width = recipe["input_size"]
-        self._mean = torch.tensor(recipe["mean"], device=self.device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(recipe["std"], device=self.device).view(1, 3, 1, 1) * 255
+        is_bare = spec.transform is None
+        loaded = _load(spec, config, download=download)
+        transform = spec.transform or timm_recipe(loaded.model.network)
+        spec = spec.model_copy(update={"transform": transform})
+        self._model: nn.Module = loaded.model.eval().requires_grad_(False).to(self.device)
+        self._transform = TileTransform(transform, self.device)
+        # Most networks take tiles of any size; those that don't resize are tried on their own.
+        self._check_px = spec.tile_px if transform.resize == "none" else 256
         self._largest_batch: int | None = None
-        chosen = choose_precision(precision, self.device)
+        chosen = choose_precision(config.precision, self.device, None if is_bare else spec.precision)
         self.precision: Precision = "fp32" if chosen == "bf16 weights" else chosen
         cosine = self._try_bf16_weights() if chosen == "bf16 weights" else None
-        self.features = self.encode(np.zeros((1, self._input_height, self._input_width, 3), np.uint8)).shape[1]
+        side_px = input_px(spec)
+        self.features = self.encode(np.zeros((1, side_px, side_px, 3), np.uint8)).shape[1]
+        if not is_bare and self.features != spec.features:
+            raise EncoderError(
+                f"{spec.name}: output '{spec.output}' has {self.features} numbers, its row says {spec.features}"
+            )
         self.identity: dict[str, Any] = {
             "name": spec.name,
-            "weights": "file" if weights is not None else f"random (seed {seed})",
-            "weights_sha256": weights_sha256,
+            "weights": "file" if loaded.file else f"random (seed {config.seed})",
+            "weights_sha256": loaded.sha256,
+            "network": _network_digest(spec),
+            "output": spec.output,
+            "transform": transform.model_dump(mode="json"),
             "precision": self.precision,
-            "input_px": [self._input_width, self._input_height],
-            "resize": "bicubic with antialias to the input size",
-            "mean": list(recipe["mean"]),
-            "std": list(recipe["std"]),
-            "output": "pooled features of timm's default head",
         }
         self.about: dict[str, Any] = {
+            "title": spec.title,
             "license": spec.license,
+            "commercial": spec.commercial,
+            "gated": spec.gated,
+            "hub": spec.weights.hub,
+            "revision": loaded.revision or spec.weights.revision,
+            "weights_file": loaded.file,
+            "weights_from": loaded.source,
+            # Of a bare architecture nobody says which tiles it wants.
+            "recipe_tile_px": None if is_bare else spec.tile_px,
+            "recipe_mpp": None if is_bare else spec.mpp,
             "device": self.device.type,
             "torch": torch.__version__,
+            "versions": _versions(),
             # Of bf16 weights, also where they were turned down; None where they were not tried.
             "least_cosine_to_fp32": round(cosine, 6) if cosine is not None else None,
-            "warning": None if weights is not None else "random weights: for timing and tests, not for science",
+            "warning": None if loaded.file else "random weights: for timing and tests, not for science",
         }
 
     def allocate(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -144,11 +168,7 @@ class NetworkEncoder:
 
     def _forward(self, images: Tensor) -> Tensor:
         """(n, height, width, 3) uint8 -> (n, features) float32, both on the device."""
-        batch = images.permute(0, 3, 1, 2).float()
-        if batch.shape[2:] != (self._input_height, self._input_width):
-            size = (self._input_height, self._input_width)
-            batch = functional.interpolate(batch, size=size, mode="bicubic", antialias=True).clamp_(0, 255)
-        batch = (batch - self._mean) / self._std
+        batch = self._transform(images)
         if self.precision == "bf16 weights":
             batch = batch.to(torch.bfloat16, memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=_AUTOCAST.get(self.precision), enabled=self.precision in _AUTOCAST):
@@ -157,10 +177,11 @@ class NetworkEncoder:
 
     def _try_bf16_weights(self) -> float | None:
         """Go over to bf16 weights if they agree with fp32; the least cosine, None where there is no number."""
-        full_model, full = self._model, self.encode(check_tiles())
+        tiles = check_tiles(self._check_px)
+        full_model, full = self._model, self.encode(tiles)
         self._model, self.precision = with_bf16_weights(full_model), "bf16 weights"
         try:
-            cosine = least_cosine(full, self.encode(check_tiles()))
+            cosine = least_cosine(full, self.encode(tiles))
             reason = f"the least cosine to fp32 is {cosine:.6f}, not above {LEAST_COSINE:g}"
         except RuntimeError as error:  # torch has no bf16 kernel for one of its operations
             cosine, reason = math.nan, " ".join(str(error).split())[:200]
@@ -244,75 +265,76 @@ def _choose_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _build(architecture: str, seed: int) -> nn.Module:
-    import_torchvision()
-    import timm
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    """A network with its weights, on the CPU."""
 
-    if not timm.is_model(architecture):
-        raise UsageError(f"timm has no architecture '{architecture}'; {nearest(architecture, timm.list_models())}")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model: nn.Module = timm.create_model(architecture, pretrained=False, num_classes=0)
-    return model
-
-
-def _recipe(model: nn.Module) -> dict[str, Any]:
-    """What timm says of an architecture: input size, mean, std, name of the head."""
-    return cast(dict[str, Any], model.pretrained_cfg)
+    model: EncoderNetwork
+    sha256: str
+    file: str = ""
+    """Name of the weights file, without its folder; empty where the weights are random."""
+    source: str = ""
+    revision: str = ""
 
 
-def _load_weights(model: nn.Module, path: Path) -> str:
-    """Load strictly, a classification head aside; return the file's sha256."""
-    state = _read_weights(path)
-    head = _recipe(model).get("classifier") or ()
-    heads = (head,) if isinstance(head, str) else tuple(head)
-    wanted = model.state_dict()
-    # The head maps to the classes of some other task; embeddings end before it.
-    state = {key: value for key, value in state.items() if key in wanted or not key.startswith(heads)}
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    resized = [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]
-    if missing or unexpected or resized:
-        found = [
-            f"{what} {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(resized)))
-            if keys
-        ]
-        raise EncoderError(f"{path}: the weights are not of this architecture: keys " + "; ".join(found))
-    model.load_state_dict(state, strict=True)
-    return _hash_file(path)
+def _load(spec: EncoderSpec, config: EmbedConfig, *, download: bool) -> _Loaded:
+    if spec.remote_code:
+        return _load_remote(spec, config, download=download)
+    if spec.transform is None:  # a bare architecture of timm
+        found = find_weights(spec, weights=config.weights, weights_dir=config.weights_dir)
+        if found is None:
+            model = build_network(spec, seed=config.seed)
+            return _Loaded(model=model, sha256=hash_parameters(model.network))
+    else:
+        found = locate_weights(spec, weights=config.weights, weights_dir=config.weights_dir, download=download)
+    model = _build_empty(spec)
+    sha256 = load_weights(model.network, spec, found.path)
+    return _Loaded(model=model, sha256=sha256, file=found.path.name, source=found.source, revision=found.revision)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def _build_empty(spec: EncoderSpec) -> EncoderNetwork:
+    """A network to be filled: without memory or random numbers where its state is all that it holds."""
+    model = build_network(spec, device="meta")
+    kept = model.network.state_dict().keys()
+    computed = any(name not in kept for name, _ in model.network.named_buffers())
+    loose = any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+    return build_network(spec) if computed or loose else model
 
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise EncoderError(f"{path}: no such weights file; check embed.weights") from None
-    except Exception as error:  # damaged files fail in a dozen ways, code in a pickle in one more
+
+def _load_remote(spec: EncoderSpec, config: EmbedConfig, *, download: bool) -> _Loaded:
+    if not config.trust_remote_code:
         raise EncoderError(
-            f"{path}: not a weights file that can be read safely ({type(error).__name__}); "
-            "give .safetensors, or a .pt that holds nothing but tensors"
-        ) from error
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise EncoderError(f"{path}: holds no table of tensors; save model.state_dict() as .safetensors")
-    return state
+            f"{spec.name}: its network is code in the hub repository {spec.weights.hub}, which comes with the weights; "
+            "read that code, then allow it with --set embed.trust_remote_code=true"
+        )
+    folder = find_repository(spec, weights=config.weights, weights_dir=config.weights_dir)
+    if folder is None and not download:
+        raise EncoderError(f"{spec.name}: no copy of its repository was named\n{weights_help(spec)}")
+    if folder is None:
+        note_download(spec, f"code and weights of {spec.weights.hub}, where they are not on this machine yet")
+    try:
+        model = load_remote(spec, folder or spec.weights.hub, revision=spec.weights.revision if folder is None else "")
+    except EncoderError as error:
+        raise EncoderError(f"{error}\n{weights_help(spec)}") from error
+    return _Loaded(
+        model=model,
+        sha256=hash_parameters(model.network),
+        file=folder.name if folder is not None else spec.weights.hub,
+        source="hub" if folder is None else "mirror" if config.weights is None else "file",
+    )
 
 
-def _hash_file(path: Path) -> str:
-    hasher = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
+def _network_digest(spec: EncoderSpec) -> str:
+    """What decides the function that is computed, beside weights: architecture, arguments, which keys go where."""
+    rules = spec.weights.model_dump(mode="json", include={"entry", "keep", "strip", "rename", "convert"})
+    what = spec.model_dump(mode="json", include={"loader", "architecture", "arguments", "package", "prefix_tokens"})
+    if spec.remote_code:
+        rules["revision"] = spec.weights.revision
+    text = json.dumps(what | rules, sort_keys=True)
+    return f"{spec.loader} {spec.architecture} {sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _hash_parameters(model: nn.Module) -> str:
-    hasher = sha256()
-    for name, value in model.state_dict().items():
-        hasher.update(name.encode())
-        hasher.update(value.contiguous().numpy().tobytes())
-    return hasher.hexdigest()
+def _versions() -> dict[str, str]:
+    """Of the libraries that networks are made of, those that are in use."""
+    found = {name: getattr(sys.modules.get(name), "__version__", "") for name in ("timm", "transformers", "open_clip")}
+    return {name: version for name, version in found.items() if version}

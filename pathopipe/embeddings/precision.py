@@ -13,6 +13,7 @@ from torch import nn
 __all__ = [
     "LEAST_COSINE",
     "Asked",
+    "Native",
     "Precision",
     "check_tiles",
     "choose_precision",
@@ -24,6 +25,9 @@ __all__ = [
 Asked = Literal["auto", "fp32", "bf16", "fp16"]
 """What ``embed.precision`` may say."""
 
+Native = Literal["fp32", "bf16", "fp16"]
+"""Autocast that the authors of an encoder use on a GPU."""
+
 Precision = Literal["fp32", "bf16 autocast", "fp16 autocast", "bf16 weights"]
 """What an encoder's identity says. The three kinds of half precision give different numbers, so no two are mixed."""
 
@@ -33,8 +37,18 @@ LEAST_COSINE = 0.999
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def choose_precision(asked: Asked, device: torch.device) -> Precision:
-    """What ``auto`` means on a device: on a CPU bf16 weights where it has bf16 arithmetic, on a GPU autocast."""
+def choose_precision(asked: Asked, device: torch.device, native: Native | None = None) -> Precision:
+    """What ``auto`` means on a device.
+
+    On a CPU it is bf16 weights where the CPU has bf16 arithmetic, whatever the row says: they are tried against fp32.
+    On a GPU it is what the encoder's authors use, or fp32 where that is bf16 and the GPU has none: fp16 has a smaller
+    range, which some networks leave.
+
+    Args:
+        asked: What the user said.
+        device: Where the network runs.
+        native: What its authors use; None where there is no recipe, then autocast to what the GPU has.
+    """
     if asked == "fp32":
         return "fp32"
     if asked == "bf16":
@@ -43,7 +57,13 @@ def choose_precision(asked: Asked, device: torch.device) -> Precision:
         return "fp16 autocast"
     if device.type == "cpu":
         return "bf16 weights" if cpu_has_bf16() else "fp32"
-    return "bf16 autocast" if torch.cuda.is_bf16_supported() else "fp16 autocast"
+    if native == "fp32":
+        return "fp32"
+    if native == "fp16":
+        return "fp16 autocast"
+    if torch.cuda.is_bf16_supported():
+        return "bf16 autocast"
+    return "fp32" if native == "bf16" else "fp16 autocast"
 
 
 def cpu_has_bf16() -> bool:
@@ -64,16 +84,16 @@ def with_bf16_weights(model: nn.Module) -> nn.Module:
 
 
 @cache
-def check_tiles() -> NDArray[np.uint8]:
-    """(4, 256, 256, 3) uint8 drawn tiles with stroma, nuclei, a lumen and glass, always the same.
+def check_tiles(side_px: int = 256) -> NDArray[np.uint8]:
+    """(4, side_px, side_px, 3) uint8 drawn tiles with stroma, nuclei, a lumen and glass, always the same.
 
     The choice of a precision is part of an encoder's identity, so it can't hang on whichever slide comes first.
     """
     from pathopipe.synth import DrawnSlide, SynthSpec
 
-    drawn = DrawnSlide(SynthSpec(width_px=512, height_px=512, mpp=0.5, seed=1, pen=False, dust=False))
-    tiles = drawn.read(0, 0, 512, 512).reshape(2, 256, 2, 256, 3).swapaxes(1, 2)
-    return np.ascontiguousarray(tiles.reshape(4, 256, 256, 3))
+    drawn = DrawnSlide(SynthSpec(width_px=2 * side_px, height_px=2 * side_px, mpp=0.5, seed=1, pen=False, dust=False))
+    tiles = drawn.read(0, 0, 2 * side_px, 2 * side_px).reshape(2, side_px, 2, side_px, 3).swapaxes(1, 2)
+    return np.ascontiguousarray(tiles.reshape(4, side_px, side_px, 3))
 
 
 def least_cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

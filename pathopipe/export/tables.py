@@ -1,4 +1,4 @@
-"""Objects of a store as tables for other programs: GeoParquet, and AnnData where it is installed."""
+"""Objects and embeddings of a store as tables for other programs: Parquet, and AnnData where it is installed."""
 
 import io
 import json
@@ -16,16 +16,24 @@ from numpy.typing import NDArray
 
 import pathopipe
 from pathopipe.errors import UsageError
+from pathopipe.export.features import FeatureExport, GoodTiles, read_good_tiles
 from pathopipe.export.objects import RowReader, id_texts
 from pathopipe.files import durable_file
 from pathopipe.geometry import outlines_to_shapes
+from pathopipe.layouts import stream_hdf5
 from pathopipe.records import ObjectTable
 from pathopipe.store import ObjectArray, SlideStore, digest
 
 if TYPE_CHECKING:
     import anndata
 
-__all__ = ["TableExport", "export_anndata", "export_parquet"]
+__all__ = [
+    "TableExport",
+    "export_anndata",
+    "export_anndata_embeddings",
+    "export_parquet",
+    "export_parquet_embeddings",
+]
 
 _BATCH_ROWS: Final = 16_384
 _BOX: Final = ("xmin", "ymin", "xmax", "ymax")
@@ -199,12 +207,7 @@ def export_anndata(path: Path, store: SlideStore, layer: str) -> TableExport:
         StoreError: The slide has no such layer.
         StoreWriteError: The disk is full, or the folder can't be written.
     """
-    try:
-        import anndata
-    except ImportError:
-        raise UsageError(
-            "the package anndata is not installed; install it with: pip install 'pathopipe[anndata]'"
-        ) from None
+    anndata = _import_anndata()
     made = _as_anndata(anndata, store, layer)
     # In memory first: the HDF5 library ends the process where the disk is full.
     image = io.BytesIO()
@@ -213,6 +216,16 @@ def export_anndata(path: Path, store: SlideStore, layer: str) -> TableExport:
     with durable_file(path) as target:
         target.write(image.getbuffer())
     return TableExport(path=path, layer=layer, objects=made.n_obs)
+
+
+def _import_anndata() -> Any:
+    try:
+        import anndata
+    except ImportError:
+        raise UsageError(
+            "the package anndata is not installed; install it with: pip install 'pathopipe[anndata]'"
+        ) from None
+    return anndata
 
 
 def _as_anndata(anndata: Any, store: SlideStore, layer: str) -> "anndata.AnnData":
@@ -261,3 +274,178 @@ def _all_parent_ids(store: SlideStore, array: ObjectArray, parent: NDArray[np.in
     reader = _parents(store, array)
     for start in range(0, len(parent), _BATCH_ROWS):
         yield from (id or "" for id in _parent_ids(parent[start : start + _BATCH_ROWS], reader))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def export_parquet_embeddings(path: Path, store: SlideStore, grid: str, encoder: str) -> FeatureExport:
+    """Write the embeddings of one slide as Parquet, a row a good tile in the order of the store, a chunk at a time.
+
+    Columns: slide_id, row (in the store), x_l0, y_l0 (top-left corner in level-0 pixels), side_l0 (width in level-0
+    pixels), mpp (micrometres per tile pixel), tissue_fraction (null where not known), cellularity where tiles were
+    chosen by it, and features: a list of fixed length, float16 or float32 as stored. The schema's metadata says how
+    they were made.
+
+    Args:
+        path: A ``.parquet`` file; one of that name is replaced.
+        store: The slide.
+        grid: Its grid.
+        encoder: Which embeddings.
+
+    Raises:
+        StoreError: The embeddings are not complete, or damaged.
+        StoreWriteError: The disk is full, or the folder can't be written.
+    """
+    good = read_good_tiles(store, grid, encoder)
+    tiles, numbers = good.tiles, pa.from_numpy_dtype(np.dtype(good.dtype))
+    shares = _shares(good)
+    schema = pa.schema(
+        [
+            ("slide_id", pa.dictionary(pa.int32(), pa.string())),
+            ("row", pa.int64()),
+            ("x_l0", pa.int64()),
+            ("y_l0", pa.int64()),
+            ("side_l0", pa.int64()),
+            ("mpp", pa.float64()),
+            *((name, pa.float32()) for name in shares),
+            ("features", pa.list_(numbers, tiles.features)),
+        ],
+        metadata={"pathopipe": json.dumps(_describe_embeddings(store, good))},
+    )
+    start = 0
+    # Numbers of embeddings hardly repeat: a dictionary of them, or bounds of each, only cost room.
+    plain = [name for name in schema.names if name != "features"]
+    with (
+        durable_file(path) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=plain, write_statistics=plain) as writer,
+    ):
+        for block in tiles.blocks():
+            rows = slice(start, start + len(block))
+            n, start = len(block), start + len(block)
+            writer.write_batch(
+                pa.record_batch(
+                    [
+                        pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), [tiles.slide_id]),
+                        pa.array(good.rows[rows], pa.int64()),
+                        pa.array(tiles.grid.xy_l0[rows, 0]),
+                        pa.array(tiles.grid.xy_l0[rows, 1]),
+                        pa.array(np.full(n, tiles.grid.side_l0[0], np.int64)),
+                        pa.array(np.full(n, tiles.grid.achieved_mpp[0])),
+                        *(_numbers(share[rows]) for share in shares.values()),
+                        pa.FixedSizeListArray.from_arrays(pa.array(block.ravel(), numbers), tiles.features),
+                    ],
+                    schema=schema,
+                )
+            )
+    return _embedding_report(path, good)
+
+
+def export_anndata_embeddings(path: Path, store: SlideStore, grid: str, encoder: str) -> FeatureExport:
+    """Write the embeddings of one slide as AnnData: a good tile a row, in the order of the store; X a chunk at a time.
+
+    ``X`` is float32. ``obs`` has slide_id, x_l0 and y_l0 (top-left corner in level-0 pixels), tissue_fraction (NaN
+    where not known) and cellularity where tiles were chosen by it; its index is ``<slide_id>:<row in the store>``.
+    ``obsm['spatial']`` holds the tiles' centres in micrometres and ``obsm['spatial_l0']`` in level-0 pixels of the
+    whole scan, as for objects; ``uns['pathopipe']`` how the numbers were made.
+
+    Args:
+        path: A ``.h5ad`` file; one of that name is replaced.
+        store: The slide.
+        grid: Its grid.
+        encoder: Which embeddings.
+
+    Raises:
+        UsageError: The anndata package is not installed.
+        StoreError: The embeddings are not complete, or damaged.
+        StoreWriteError: The disk is full, or the folder can't be written.
+    """
+    anndata = _import_anndata()
+    good = read_good_tiles(store, grid, encoder)
+    tiles, shape = good.tiles, (len(good.rows), good.tiles.features)
+    made = _embeddings_as_anndata(anndata, store, good)
+
+    def describe(file: h5py.File) -> None:
+        anndata.io.write_elem(file, "rest", made, dataset_kwargs={"compression": "gzip"})
+        for name in list(file["rest"]):
+            if name != "X":
+                file.move(f"rest/{name}", name)
+        file.attrs.update(file["rest"].attrs)
+        del file["rest"]
+        file["X"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+
+    with durable_file(path) as target:
+        stream_hdf5(target, "X", shape, np.float32, tiles.blocks(), describe)
+    return _embedding_report(path, good)
+
+
+def _embeddings_as_anndata(anndata: Any, store: SlideStore, good: GoodTiles) -> "anndata.AnnData":
+    """All but X."""
+    import pandas as pd
+
+    tiles = good.tiles
+    n, xy_l0 = len(good.rows), tiles.grid.xy_l0
+    centre_l0 = xy_l0 + np.asarray(tiles.grid.side_l0) / 2
+    names = good.recipe.get("feature_names") or [f"{tiles.encoder}_{number}" for number in range(tiles.features)]
+    obs = pd.DataFrame(
+        {
+            "slide_id": pd.Categorical.from_codes(np.zeros(n, np.int8), [tiles.slide_id]),
+            "x_l0": xy_l0[:, 0],
+            "y_l0": xy_l0[:, 1],
+            **_shares(good),
+        },
+        index=pd.Index([f"{tiles.slide_id}:{row}" for row in good.rows.tolist()], name="tile", dtype=object),
+    )
+    return anndata.AnnData(
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(names, dtype=object)),
+        obsm={"spatial": centre_l0 * np.asarray(tiles.mpp_l0), "spatial_l0": centre_l0},
+        uns={
+            "mpp": np.asarray(tiles.mpp_l0),
+            "pathopipe": {
+                "encoder": tiles.encoder,
+                "grid": tiles.grid.name,
+                # As text: AnnData has no place for null, nor for lists of lists.
+                "about": json.dumps(_describe_embeddings(store, good)),
+            },
+        },
+    )
+
+
+def _shares(good: GoodTiles) -> dict[str, NDArray[np.float32]]:
+    grid = good.tiles.grid
+    shares = {"tissue_fraction": grid.tissue_fraction}
+    return shares if grid.cellularity is None else {**shares, "cellularity": grid.cellularity}
+
+
+def _describe_embeddings(store: SlideStore, good: GoodTiles) -> dict[str, Any]:
+    grid, slide = good.tiles.grid, store.slide
+    return {
+        "created_by": f"pathopipe {pathopipe.__version__}",
+        "frame": "level-0 pixels of the whole scan, x right, y down",
+        "slide": {key: slide[key] for key in ("id", "fingerprint", "dims_l0", "bounds_l0", "mpp")},
+        "grid": {
+            "name": grid.name,
+            "side_px": grid.side_px,
+            "mpp": grid.mpp,
+            "achieved_mpp": list(grid.achieved_mpp),
+            "side_l0": list(grid.side_l0),
+            "overlap_px": grid.overlap_px,
+        },
+        "recipe": good.recipe,
+        "tiles": len(good.rows),
+        "left_out": good.left_out,
+    }
+
+
+def _embedding_report(path: Path, good: GoodTiles) -> FeatureExport:
+    return FeatureExport(
+        slide_id=good.tiles.slide_id,
+        encoder=good.tiles.encoder,
+        grid=good.tiles.grid.name,
+        files=(path,),
+        tiles=len(good.rows),
+        left_out=good.left_out,
+    )

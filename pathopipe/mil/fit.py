@@ -19,7 +19,16 @@ from pathopipe.mil.heads.logistic import LogisticHead, pool_mean_max
 from pathopipe.mil.settings import MilConfig
 from pathopipe.mil.targets import TargetSpec, class_labels, predict_target, slice_of, target_loss
 
-__all__ = ["Epoch", "FittedNetwork", "TrainingSet", "choose_device", "find_temperature", "fit_network", "score_bags"]
+__all__ = [
+    "Epoch",
+    "FittedNetwork",
+    "TrainingSet",
+    "choose_device",
+    "find_temperature",
+    "fit_network",
+    "join_negative",
+    "score_bags",
+]
 
 _STANDARD_TILES: Final = 256
 _LONGEST_EVALUATION: Final = 65536
@@ -51,7 +60,7 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class FittedNetwork:
-    """A trained network with the weights of its best epoch."""
+    """A trained network with the weights of its best epoch, or of its last where it was not stopped early."""
 
     network: Head
     best_epoch: int
@@ -99,8 +108,10 @@ def fit_network(
         on_epoch: Told of each epoch.
 
     Raises:
-        UsageError: A bag is empty.
+        UsageError: A bag is empty, or bags can't be joined for these targets and settings.
     """
+    if settings.join:
+        _check_join(specs, settings)
     shape = HeadShape(
         features=data.bags[int(train[0])].features,
         outputs=sum(spec.outputs for spec in specs),
@@ -121,8 +132,21 @@ def fit_network(
         return _Training(network, specs, data, train, val, settings, seed, device).run(on_epoch)
 
 
+def _check_join(specs: Sequence[TargetSpec], settings: MilConfig) -> None:
+    other = next((spec for spec in specs if spec.kind not in ("binary", "multilabel")), None)
+    if other is not None:
+        raise UsageError(
+            f"mil.join {settings.join}: a bag joined with a negative one keeps its label only where the target is "
+            f"binary or multilabel; {other.name} is {other.kind}; set mil.join=0"
+        )
+    if settings.centre:
+        raise UsageError(
+            f"mil.join {settings.join} with mil.centre: joined bags have no middle of their own; turn one off"
+        )
+
+
 class _Training:
-    """One run: epochs over batches, with the best epoch kept."""
+    """One run: epochs over batches, with the best epoch kept, or the last."""
 
     def __init__(
         self,
@@ -140,7 +164,10 @@ class _Training:
         network.standardise(*_tile_statistics([data.bags[int(row)] for row in train], seed))
         self.network = network.to(self.device)
         longest = max(min(data.bags[int(row)].n_tiles, settings.cap or math.inf) for row in train)
-        at_once = int(max(1, min(settings.batch_bags, settings.batch_tiles // longest)))
+        if settings.join:
+            longest *= 2
+        # A bag can only be joined with another one.
+        at_once = int(max(2 if settings.join else 1, min(settings.batch_bags, settings.batch_tiles // longest)))
         self.accumulate = -(-settings.batch_bags // at_once)
         self.loader = BagLoader(data.bags, batch_size=at_once, cap=settings.cap, seed=seed, shuffle=True)
         self.n_batches = -(-len(train) // at_once)
@@ -181,11 +208,14 @@ class _Training:
             )
             history.append(epoch)
             on_epoch(epoch)
-            if val_loss < best_loss:
+            if not self.settings.early_stop:
+                best_epoch = number
+            elif val_loss < best_loss:
                 best_loss, best_epoch, best_weights = val_loss, number, copy.deepcopy(self.network.state_dict())
             elif number - best_epoch >= self.settings.patience:
                 break
-        self.network.load_state_dict(best_weights)
+        if self.settings.early_stop:
+            self.network.load_state_dict(best_weights)
         return FittedNetwork(self.network.cpu().eval(), best_epoch, tuple(history))
 
     def _learn(self, number: int) -> float:
@@ -200,6 +230,8 @@ class _Training:
                 shift = torch.randn(len(tiles), 1, tiles.shape[2], device=self.device) / self.network.scale
                 tiles = tiles + self.settings.bag_shift * shift
             truth = self.truth[rows]
+            if self.settings.join:
+                tiles, real = join_negative(tiles, real, truth, self.settings.join)
             with torch.autocast(self.device.type, dtype=self.half, enabled=self.amp):
                 output = self.network(tiles, real, self._covariates_of(rows), class_labels(self.specs, truth))
             loss = target_loss(self.specs, output.logits, truth, self._beyond(rows))
@@ -237,6 +269,26 @@ class _Training:
         others = torch.isfinite(self.last_logits).all(dim=1)
         others[rows] = False
         return self.last_logits[others], self.truth[others]
+
+
+def join_negative(tiles: Tensor, real: Tensor, truth: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Add to a share of the bags of a batch the tiles of another, which is negative in everything, drawn from it.
+
+    Args:
+        tiles: (B, N, D).
+        real: (B, N), False where padded.
+        truth: (B, W) 0 or 1, NaN where missing.
+        share: Probability of each bag to be joined.
+
+    Returns:
+        (B, 2 N, D) and (B, 2 N); unchanged where the batch has no negative bag.
+    """
+    negative = torch.nonzero((truth == 0).all(dim=1))[:, 0]
+    if not len(negative):
+        return tiles, real
+    partner = negative[torch.randint(len(negative), (len(tiles),)).to(negative.device)]
+    joins = (torch.rand(len(tiles)) < share).to(real.device) & (partner != torch.arange(len(tiles), device=real.device))
+    return torch.cat([tiles, tiles[partner]], dim=1), torch.cat([real, real[partner] & joins[:, None]], dim=1)
 
 
 def _tile_statistics(bags: Sequence[Bag], seed: int) -> tuple[Tensor, Tensor]:

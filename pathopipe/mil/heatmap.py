@@ -64,6 +64,8 @@ def read_maps(store: SlideStore, model: str) -> tuple[TileGrid, list[TileMap], d
             "use a head with attention (abmil, clam_sb, clam_mb, dsmil, transmil, additive)"
         )
     grid = store.read_grid(found.grid)
+    if grid.around is not None:  # shown at the tiles in their middle, row by row the same
+        grid = store.read_grid(grid.around)
     if len(grid) != len(found.attention):
         raise StoreError(
             f"{slide_id}: {len(found.attention)} predicted tiles for {len(grid)} of {found.grid}; predict again",
@@ -116,7 +118,7 @@ def tile_raster(grid: TileGrid, dims_l0: tuple[int, int], values: Floats) -> Ras
         for right in range(int(np.ceil(reach[0] - 1e-3))):
             share = min(1.0, reach[0] - right) * min(1.0, reach[1] - down)
             column, row = place[:, 0] + right, place[:, 1] + down
-            inside = (column < columns) & (row < rows)
+            inside = (column >= 0) & (row >= 0) & (column < columns) & (row < rows)
             np.add.at(total, (row[inside], column[inside]), share * values[seen[inside]])
             np.add.at(weight, (row[inside], column[inside]), share)
     mean = np.where(weight > 0, total / np.maximum(weight, 1e-12), np.nan).astype(np.float32)

@@ -41,6 +41,10 @@ class MilConfig(BaseModel):
     """Most epochs a network is trained."""
     patience: int = Field(default=10, ge=1)
     """Epochs without a better validation loss after which training stops; the best epoch's weights are kept."""
+    early_stop: bool = True
+    """Stop on the validation loss, as above. Off, all epochs are trained and the last one's weights are kept: where a
+    handful of validation bags can't tell epochs apart, the falling learning rate ends training better. Validation bags
+    then only calibrate."""
     learning_rate: float = Field(default=3e-3, gt=0)
     """Highest learning rate of Adam; it rises over ``warmup`` and falls along a cosine."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
@@ -51,6 +55,10 @@ class MilConfig(BaseModel):
     bag_shift: float = Field(default=0.0, ge=0)
     """Shift all tiles of a bag alike by a random vector, anew each step, this many spreads of a feature wide: what sets
     whole slides apart (stain, scanner) can then not be learnt by heart, nor can what slides' means truly tell."""
+    join: float = Field(default=0.0, ge=0, le=1)
+    """Share of bags that, while training, are shown with the tiles of a negative bag of the same step added. Where one
+    positive tile makes a bag positive, labels stay as they are, and attention has to find that tile among more others.
+    Only for targets of which that is true: binary and multi-label ones."""
     penalty: float = Field(default=1e-2, ge=0)
     """Weight of the squared weights in the loss: small cohorts need much, and attention finds its tiles better."""
     bag_size: bool = True

@@ -4,11 +4,9 @@ import csv
 import io
 import json
 import logging
-import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -50,9 +48,11 @@ __all__ = [
     "Cohort",
     "FoldResult",
     "Job",
+    "Spread",
     "TrainRequest",
     "check_output",
     "fold_folder",
+    "one_by_one",
     "open_cohorts",
     "read_predictions",
     "train_all",
@@ -91,7 +91,6 @@ class TrainRequest:
     covariates: tuple[str, ...] = ()
     settings: MilConfig = field(default_factory=MilConfig)
     device: str = "cpu"
-    workers: int = 1
     threads: int = 1
     """Of torch, in each worker."""
 
@@ -518,15 +517,29 @@ def _some(names: Sequence[str]) -> str:
 # --- all of it ---------------------------------------------------------------------------------------------------
 
 
+Spread = Callable[[Callable[..., str], Sequence[tuple[Any, ...]]], Iterator[tuple[int, str]]]
+"""Calls a function with each of some arguments, and gives number and result of each as it ends."""
+
+
+def one_by_one(work: Callable[..., str], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, str]]:
+    """In this process, in order."""
+    for number, arguments in enumerate(calls):
+        yield number, work(*arguments)
+
+
 def train_all(
-    request: TrainRequest, cohorts: Sequence[Cohort], on_line: Callable[[str], None] = lambda line: None
+    request: TrainRequest,
+    cohorts: Sequence[Cohort],
+    on_line: Callable[[str], None] = lambda line: None,
+    spread: Spread = one_by_one,
 ) -> list[Job]:
     """Train every encoder, head and fold that isn't there yet; the baseline is always among the heads.
 
     Args:
-        request: With ``workers`` above 1, jobs run in as many processes.
+        request: What to train.
         cohorts: As :func:`open_cohorts` gives them, after :func:`check_output`.
         on_line: Told what happens, a line each.
+        spread: Who trains: this process, or workers elsewhere.
 
     Returns:
         All jobs, also those that were finished before.
@@ -540,33 +553,10 @@ def train_all(
     pending = [job for job in jobs if not fold_folder(request.out, by_name[job.encoder], job).exists()]
     if len(pending) < len(jobs):
         on_line(f"{len(jobs) - len(pending)} of {len(jobs)} models were there already")
-    for ended, (job, summary) in enumerate(_run_jobs(request, by_name, pending), 1):
-        on_line(f"[{ended}/{len(pending)}] {job}: {summary}")
+    calls = [(request, by_name[job.encoder], job) for job in pending]
+    for ended, (number, summary) in enumerate(spread(_do_job, calls), 1):
+        on_line(f"[{ended}/{len(pending)}] {pending[number]}: {summary}")
     return jobs
-
-
-def _run_jobs(request: TrainRequest, cohorts: dict[str, Cohort], pending: Sequence[Job]) -> Iterator[tuple[Job, str]]:
-    if request.workers == 1 or len(pending) < 2:
-        for job in pending:
-            yield job, _do_job(request, cohorts[job.encoder], job)
-        return
-    pool = ProcessPoolExecutor(
-        min(request.workers, len(pending)),
-        mp_context=multiprocessing.get_context("spawn"),
-    )
-    try:
-        running = {pool.submit(_do_job, request, cohorts[job.encoder], job): job for job in pending}
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running.pop(future), future.result()
-    except BaseException:
-        # Whatever stops the run stops the workers: their unfinished folds are not kept.
-        for process in list(pool._processes.values()):
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    pool.shutdown()
 
 
 def _do_job(request: TrainRequest, cohort: Cohort, job: Job) -> str:
@@ -583,7 +573,8 @@ def _do_job(request: TrainRequest, cohort: Cohort, job: Job) -> str:
     reading = sum(epoch.seconds * epoch.reading_share for _, epoch in result.history)
     members = result.model.card.members
     best = result.model.card.training["best_epochs"] if result.model.card.training else []
+    word = "best" if request.settings.early_stop else "last"
     return (
-        f"{members} networks, {epochs} epochs (best {', '.join(str(epoch) for epoch in best)}) in {seconds:.1f} s, "
+        f"{members} networks, {epochs} epochs ({word} {', '.join(str(epoch) for epoch in best)}) in {seconds:.1f} s, "
         f"{reading / max(seconds, 1e-9):.0%} of it waiting for tiles"
     )

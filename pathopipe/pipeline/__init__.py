@@ -2,6 +2,8 @@
 
 from pathopipe.pipeline.common import RunPlan, Stage, outline_path, thumbnail_path
 from pathopipe.pipeline.run import (
+    LaneReports,
+    Pass,
     Prepared,
     SlideOutcome,
     check_plan,
@@ -12,6 +14,8 @@ from pathopipe.pipeline.run import (
 )
 
 __all__ = [
+    "LaneReports",
+    "Pass",
     "Prepared",
     "RunPlan",
     "SlideOutcome",

@@ -1,26 +1,49 @@
 """The stages of one slide that ``run`` goes through: tissue, tiles, embeddings. No science in here."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 import pathopipe
-from pathopipe.config import Config
-from pathopipe.embeddings.catalog import find_encoder
-from pathopipe.embeddings.embed import EmbedReport, Encoder, build_encoder, embed_chunks
+from pathopipe.config import TilesConfig
+from pathopipe.embeddings.embed import EmbedReport, Lane, embed_chunks
+from pathopipe.embeddings.recipe import EncoderSpec
 from pathopipe.errors import TooManyBadTilesError
 from pathopipe.pipeline.common import RunPlan, given_mask, inputs_below, opened, tissue_stage, write_pictures
+from pathopipe.pipeline.encoders import (
+    batch_size_of,
+    built,
+    check_weights,
+    chunk_rows_of,
+    departure,
+    spec_of,
+    specs_of,
+    tiles_of,
+    tilings_of,
+)
 from pathopipe.records import STATUS_OK, SlideRef, TileGrid
 from pathopipe.slide.base import Slide
 from pathopipe.slide.resolution import require_mpp
 from pathopipe.store import EmbeddingArray, SlideStore, digest, store_path
-from pathopipe.tiles.grid import GRID_VERSION, check_fit, grid_name, plan_grid
+from pathopipe.tiles.cellularity import cellularity, select_cellular
+from pathopipe.tiles.grid import (
+    GRID_VERSION,
+    check_fit,
+    grid_around,
+    grid_name,
+    name_around,
+    plan_grid,
+    scales_around,
+    tiles_settings,
+)
 from pathopipe.tissue import find_tissue
 
 __all__ = [
+    "LaneReports",
+    "Pass",
     "Prepared",
     "SlideOutcome",
     "check_plan",
@@ -30,8 +53,28 @@ __all__ = [
     "run_slide",
 ]
 
-_BATCH_SIZE = {"handcrafted": 32, "cpu": 32, "cuda": 256}
-_CHUNK_ROWS = {"handcrafted": 256, "cpu": 256, "cuda": 1024}
+# A chunk is held in memory until it is whole; grids of tokens have rows of half a megabyte.
+_LARGEST_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one reading of the tiles of a grid is to serve; encoders whose chunks are equally long share it."""
+
+    grid: str
+    n_tiles: int
+    chunk_rows: int
+    chunks: Mapping[str, tuple[int, ...]]
+    """Chunks to compute, by encoder; none for one that is done."""
+
+    def parts(self, n_parts: int) -> "Iterator[Pass]":
+        """Cut into at most ``n_parts`` passes over runs of chunks."""
+        wanted = sorted(set().union(*self.chunks.values()))
+        length = max(1, -(-len(wanted) // n_parts))
+        for first in range(0, len(wanted), length):
+            run = set(wanted[first : first + length])
+            taken = {encoder: tuple(sorted(run.intersection(chunks))) for encoder, chunks in self.chunks.items()}
+            yield replace(self, chunks={encoder: chunks for encoder, chunks in taken.items() if chunks})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +83,8 @@ class Prepared:
 
     ref: SlideRef
     n_tiles: int
-    pending: Mapping[str, tuple[int, ...]]
-    """Chunks to compute, by encoder."""
+    """Of its largest grid."""
+    passes: tuple[Pass, ...]
     did: tuple[str, ...]
     """Stages that were computed now, not found in the store."""
     seconds: float
@@ -73,17 +116,23 @@ def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> list[str]:
     """Find what is wrong with a plan before any slide is touched; builds its encoders.
 
     Returns:
-        What the user should know before it starts, such as random weights.
+        What the user should know before it starts, such as random weights, or tiles that are not as an encoder's
+        authors cut them.
 
     Raises:
         UsageError: No such encoder, architecture or device, or a slide's given mask is missing.
-        EncoderError: The weights don't fit.
+        EncoderError: It can't be built here, it has no weights, or they don't fit.
     """
     for ref in refs:
         given_mask(ref.slide_id, plan.config)
-    tile_mpp = (plan.config.tiles.mpp, plan.config.tiles.mpp)
-    encoders = {name: _encoder(name, plan, tile_mpp) for name in plan.config.embed.encoder}
-    return [f"{name}: {encoder.about['warning']}" for name, encoder in encoders.items() if encoder.about.get("warning")]
+    check_weights(plan.config)
+    notes = []
+    for spec in specs_of(plan.config):
+        settled = tiles_of(spec, plan.config)
+        encoder = built(spec, plan, (settled.mpp, settled.mpp))
+        departs = departure(spec, settled.side_px, settled.mpp)
+        notes += [f"{spec.name}: {note}" for note in (encoder.about.get("warning"), departs) if note]
+    return notes
 
 
 def run_slide(
@@ -101,16 +150,16 @@ def run_slide(
     """
     started = time.perf_counter()
     prepared = prepare_slide(ref, plan)
-    reports: dict[str, EmbedReport] = {}
-    for encoder, chunks in prepared.pending.items():
+    reports: list[LaneReports] = []
+    for tiles_pass in prepared.passes:
         done = 0
 
-        def count(n_tiles: int) -> None:
+        def count(n_tiles: int, total: int = tiles_pass.n_tiles) -> None:
             nonlocal done
             done += n_tiles
-            on_tiles(ref.slide_id, done, prepared.n_tiles)
+            on_tiles(ref.slide_id, done, total)
 
-        reports[encoder] = embed_pending(ref, plan, encoder, chunks, count)
+        reports.append(embed_pending(ref, plan, tiles_pass, count))
     return replace(finish_slide(prepared, plan, reports), seconds=time.perf_counter() - started)
 
 
@@ -121,8 +170,10 @@ def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
         store, fresh = SlideStore(store_path(plan.out, ref.slide_id)), plan.fresh
         if plan.retry_bad and store.inputs("tissue") and store.read_tissue().unreadable_share > 0:
             fresh = "tissue"  # it was looked for on a damaged picture
+        tilings = tilings_of(plan.config)
         if "tiles" in plan.stages:
-            check_fit(slide.info, require_mpp(slide.info), plan.config.tiles)
+            for settled in tilings:
+                check_fit(slide.info, require_mpp(slide.info), settled)
         # Nothing is forgotten before what takes its place can be had.
         found = find_tissue(slide, plan.config.tissue) if fresh == "tissue" else None
         if found is not None:
@@ -130,83 +181,87 @@ def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
         store = SlideStore.create_or_open(store.path, slide.info, created_by=f"pathopipe {pathopipe.__version__}")
         store.remove_leftovers()
         did = []
-        tissue, grid = None, None
+        tissue = None
         if "tissue" in plan.stages:
             tissue, computed = tissue_stage(slide, store, plan.config, found)
             did += ["tissue"] * computed
-        if "tiles" in plan.stages:
-            grid, computed = _tiles_stage(slide, store, plan.config, again=fresh == "tiles")
-            did += ["tiles"] * computed
-        if tissue is not None or grid is not None:
-            write_pictures(slide, store, plan, tissue, grid, again=bool(did))
-        pending: dict[str, tuple[int, ...]] = {}
-        if "embed" in plan.stages:
-            grid = grid if grid is not None else _known_grid(store, plan.config)
-            if fresh == "embed":
-                store.clear_stage("embed", grid=grid.name, encoders=plan.config.embed.encoder)
-            for encoder in plan.config.embed.encoder:
-                rows = _embedding_array(slide, store, grid, encoder, plan)
-                todo = set(range(rows.n_chunks)) - set(rows.done_chunks())
-                if plan.retry_bad:
-                    todo |= set(rows.bad_chunks())
-                pending[encoder] = tuple(sorted(todo))
-                if todo or not rows.attributes.get("complete"):
-                    did.append(encoder)
-        n_tiles = len(grid) if grid is not None else 0
-        return Prepared(ref, n_tiles, pending, tuple(did), time.perf_counter() - started)
+        grids: list[TileGrid] = []
+        passes: list[Pass] = []
+        for settled, specs in tilings.items():
+            if "tiles" in plan.stages:
+                found_grids, computed = _tiles_stage(slide, store, settled, plan, again=fresh == "tiles")
+                did += ["tiles"] * (computed and "tiles" not in did)
+            elif "embed" in plan.stages:
+                found_grids = [_known_grid(store, name) for name in _grid_names(settled)]
+            else:
+                continue
+            grids += found_grids
+            for grid in found_grids if "embed" in plan.stages else ():
+                if fresh == "embed":
+                    store.clear_stage("embed", grid=grid.name, encoders=tuple(spec.name for spec in specs))
+                arrays = _embedding_arrays(store, grid, specs, plan)
+                passes += _passes(grid, arrays, plan)
+                did += [name for name, rows in arrays.items() if not (rows.attributes.get("complete") or name in did)]
+        did += [name for each in passes for name, chunks in each.chunks.items() if chunks and name not in did]
+        if tissue is not None or "tiles" in plan.stages:
+            write_pictures(slide, store, plan, tissue, grids[0] if grids else None, again=bool(did))
+        n_tiles = max((len(grid) for grid in grids), default=0)
+        return Prepared(ref, n_tiles, tuple(passes), tuple(did), time.perf_counter() - started)
+
+
+LaneReports = Mapping[tuple[str, str], EmbedReport]
+"""What embedding did, by grid and encoder."""
 
 
 def embed_pending(
-    ref: SlideRef,
-    plan: RunPlan,
-    encoder_name: str,
-    chunks: tuple[int, ...],
-    on_tiles: Callable[[int], None] = lambda n_tiles: None,
-) -> EmbedReport:
+    ref: SlideRef, plan: RunPlan, tiles_pass: Pass, on_tiles: Callable[[int], None] = lambda n_tiles: None
+) -> LaneReports:
     """Embed some chunks of a prepared slide."""
-    if not chunks:
-        return EmbedReport()
+    pending = {encoder: chunks for encoder, chunks in tiles_pass.chunks.items() if chunks}
+    if not pending:
+        return {}
     store = SlideStore.open(store_path(plan.out, ref.slide_id))
-    grid = _known_grid(store, plan.config)
-    encoder = _encoder(encoder_name, plan, grid.achieved_mpp)
-    batch_size = plan.config.embed.batch_size or _by_device(_BATCH_SIZE, encoder)
+    grid = _known_grid(store, tiles_pass.grid)
+    lanes = []
+    for name, chunks in pending.items():
+        encoder = built(spec_of(name, plan.config), plan, grid.achieved_mpp)
+        batch_size = batch_size_of(encoder, plan)
+        lanes.append(Lane(store.embeddings(grid.name, name), encoder, frozenset(chunks), batch_size))
+    threads = plan.config.embed.read_threads or plan.threads
     with opened(ref, plan.config) as slide:
-        return embed_chunks(
-            slide,
-            grid,
-            store.embeddings(grid.name, encoder_name),
-            encoder,
-            chunks,
-            batch_size=batch_size,
-            threads=plan.config.embed.read_threads or plan.threads,
-            on_tiles=on_tiles,
-        )
+        reports = embed_chunks(slide, grid, lanes, threads=threads, on_tiles=on_tiles)
+    return {(grid.name, name): report for name, report in zip(pending, reports, strict=True)}
 
 
-def finish_slide(prepared: Prepared, plan: RunPlan, reports: Mapping[str, EmbedReport]) -> SlideOutcome:
+def finish_slide(prepared: Prepared, plan: RunPlan, reports: Iterable[LaneReports]) -> SlideOutcome:
     """Close the stages of a slide and say how it went.
 
     Args:
         prepared: The slide.
         plan: What was to be done.
-        reports: What embedding did, by encoder.
+        reports: What embedding did.
 
     Raises:
         TooManyBadTilesError: More tiles were quarantined than ``embed.max_bad_share`` allows.
     """
     slide_id = prepared.ref.slide_id
     store = SlideStore.open(store_path(plan.out, slide_id))
-    bad_tiles = 0
+    done: dict[tuple[str, str], EmbedReport] = {}
     whole = EmbedReport()
-    for encoder in prepared.pending:
-        report = reports.get(encoder, EmbedReport())
-        whole.add(report)
-        rows = store.embeddings(grid_name(plan.config.tiles), encoder)
-        bad = int(np.count_nonzero(rows.read_status() != STATUS_OK))
-        bad_tiles = max(bad_tiles, bad)
-        if encoder in prepared.did:
-            rows.finish(bad_tiles=bad, seconds=report.seconds(), limited_by=report.limited_by())
-    if bad_tiles > plan.config.embed.max_bad_share * prepared.n_tiles:
+    for pass_reports in reports:
+        for lane, report in pass_reports.items():
+            done.setdefault(lane, EmbedReport()).add(report)
+            whole.add(report)
+    bad_tiles, bad_share = 0, 0.0
+    for each in prepared.passes:
+        for encoder in each.chunks:
+            rows = store.embeddings(each.grid, encoder)
+            bad = int(np.count_nonzero(rows.read_status() != STATUS_OK))
+            bad_tiles, bad_share = max(bad_tiles, bad), max(bad_share, bad / max(rows.rows, 1))
+            report = done.get((each.grid, encoder), EmbedReport())
+            if report.tiles or not rows.attributes.get("complete"):
+                rows.finish(bad_tiles=bad, seconds=report.seconds(), limited_by=report.limited_by())
+    if bad_share > plan.config.embed.max_bad_share:
         first = f"; the first: {whole.faults[0]}" if whole.faults else ""
         raise TooManyBadTilesError(
             f"{slide_id}: {bad_tiles} of {prepared.n_tiles} tiles are bad, more than embed.max_bad_share="
@@ -237,56 +292,84 @@ def finish_slide(prepared: Prepared, plan: RunPlan, reports: Mapping[str, EmbedR
     )
 
 
-def _tiles_stage(slide: Slide, store: SlideStore, config: Config, *, again: bool) -> tuple[TileGrid, bool]:
-    inputs = {
-        "version": GRID_VERSION,
-        "tissue": digest(inputs_below(store, "tissue", "tissue")),
-        "config": config.tiles.model_dump(mode="json"),
-    }
-    name = grid_name(config.tiles)
-    if not again and store.require_inputs(f"tiles/{name}", "tiles", inputs):
-        return store.read_grid(name), False
-    grid = plan_grid(slide.info, require_mpp(slide.info), store.read_tissue(), config.tiles)
-    if again:
-        store.clear_stage("tiles", grid=name)
-    store.write_grid(grid, inputs)
-    return grid, True
+def _grid_names(config: TilesConfig) -> list[str]:
+    name = grid_name(config)
+    return [name, *(name_around(name, scale_um) for scale_um in scales_around(config))]
 
 
-def _embedding_array(slide: Slide, store: SlideStore, grid: TileGrid, name: str, plan: RunPlan) -> EmbeddingArray:
-    encoder = _encoder(name, plan, grid.achieved_mpp)
-    inputs = {"tiles": digest(inputs_below(store, f"tiles/{grid.name}", "tiles")), "encoder": encoder.identity}
-    if store.require_inputs(f"embeddings/{grid.name}/{name}", "embed", inputs):
-        return store.embeddings(grid.name, name)
-    return store.create_embeddings(
-        grid.name,
-        name,
-        rows=len(grid),
-        features=encoder.features,
-        dtype=find_encoder(name).dtype,
-        chunk_rows=plan.config.embed.chunk_rows or _by_device(_CHUNK_ROWS, encoder),
-        about={"inputs": inputs, **encoder.about},
-    )
+def _tiles_stage(
+    slide: Slide, store: SlideStore, config: TilesConfig, plan: RunPlan, *, again: bool
+) -> tuple[list[TileGrid], bool]:
+    """The grid, then those around it, and whether any was laid now."""
+    tissue_inputs = digest(inputs_below(store, "tissue", "tissue"))
+
+    def inputs_of(scale_um: float | None) -> dict[str, Any]:
+        return {"version": GRID_VERSION, "tissue": tissue_inputs, "config": tiles_settings(config, scale_um)}
+
+    names = dict(zip((None, *scales_around(config)), _grid_names(config), strict=True))
+    missing = [
+        scale_um
+        for scale_um, name in names.items()
+        if again or not store.require_inputs(f"tiles/{name}", "tiles", inputs_of(scale_um))
+    ]
+    if not missing:
+        return [store.read_grid(name) for name in names.values()], False
+    mpp_l0, tissue = require_mpp(slide.info), store.read_tissue()
+    if None in missing:
+        grid = plan_grid(slide.info, mpp_l0, tissue, config)
+        if config.cellular_share is not None:
+            dark_field = "dark-field" in tissue.flags
+            shares = cellularity(slide, grid, threads=plan.threads, dark_field=dark_field)
+            grid = select_cellular(grid, shares, config.cellular_share)
+    else:
+        grid = store.read_grid(names[None])
+    for scale_um in missing:
+        if again:
+            store.clear_stage("tiles", grid=names[scale_um])
+        laid = grid if scale_um is None else grid_around(grid, slide.info, mpp_l0, tissue, config, scale_um)
+        store.write_grid(laid, inputs_of(scale_um))
+    return [store.read_grid(name) for name in names.values()], True
 
 
-def _known_grid(store: SlideStore, config: Config) -> TileGrid:
-    name = grid_name(config.tiles)
+def _embedding_arrays(
+    store: SlideStore, grid: TileGrid, specs: Sequence[EncoderSpec], plan: RunPlan
+) -> dict[str, EmbeddingArray]:
+    """The arrays of some encoders on a grid, made where they are missing."""
+    encoders = {spec.name: built(spec, plan, grid.achieved_mpp) for spec in specs}
+    # Equally long chunks let encoders share a pass; the longest are those of the slowest to start, a GPU's.
+    wanted = max(chunk_rows_of(encoder, plan) for encoder in encoders.values())
+    arrays = {}
+    for spec in specs:
+        encoder = encoders[spec.name]
+        inputs = {"tiles": digest(inputs_below(store, f"tiles/{grid.name}", "tiles")), "encoder": encoder.identity}
+        if store.require_inputs(f"embeddings/{grid.name}/{spec.name}", "embed", inputs):
+            arrays[spec.name] = store.embeddings(grid.name, spec.name)
+            continue
+        row_bytes = encoder.features * np.dtype(spec.dtype).itemsize
+        about = {"inputs": inputs, **encoder.about, "departs": departure(spec, grid.side_px, grid.mpp)}
+        arrays[spec.name] = store.create_embeddings(
+            grid.name,
+            spec.name,
+            rows=len(grid),
+            features=encoder.features,
+            dtype=spec.dtype,
+            chunk_rows=max(1, min(wanted, _LARGEST_CHUNK_BYTES // row_bytes)),
+            about=about,
+        )
+    return arrays
+
+
+def _passes(grid: TileGrid, arrays: Mapping[str, EmbeddingArray], plan: RunPlan) -> list[Pass]:
+    """What is still to be computed, encoders with equal chunks together."""
+    by_length: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, rows in arrays.items():
+        todo = set(range(rows.n_chunks)) - set(rows.done_chunks())
+        if plan.retry_bad:
+            todo |= set(rows.bad_chunks())
+        by_length.setdefault(rows.chunk_rows, {})[name] = tuple(sorted(todo))
+    return [Pass(grid.name, len(grid), chunk_rows, chunks) for chunk_rows, chunks in by_length.items()]
+
+
+def _known_grid(store: SlideStore, name: str) -> TileGrid:
     inputs_below(store, f"tiles/{name}", "tiles")
     return store.read_grid(name)
-
-
-# Building a network takes seconds, so a process keeps the last ones; there are no more than a run names.
-_encoders: dict[tuple[object, ...], Encoder] = {}
-
-
-def _encoder(name: str, plan: RunPlan, tile_mpp: tuple[float, float]) -> Encoder:
-    # Only handcrafted numbers depend on the exact size of a tile's pixels.
-    key = (name, plan.config.embed, plan.threads, tile_mpp if find_encoder(name).loader == "handcrafted" else None)
-    if key not in _encoders:
-        _encoders[key] = build_encoder(name, plan.config.embed, mpp=tile_mpp, threads=plan.threads)
-    return _encoders[key]
-
-
-def _by_device(sizes: Mapping[str, int], encoder: Encoder) -> int:
-    name = encoder.identity["name"]
-    return sizes[name] if name in sizes else sizes[encoder.about["device"]]

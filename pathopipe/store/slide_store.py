@@ -116,6 +116,13 @@ class SlideStore(Groups):
         return True
 
     def _require_same(self, known: Mapping[str, Any], inputs: Mapping[str, Any], group: str, stage: str) -> None:
+        if "imported" in known and not group.startswith("objects/"):
+            what = "tiles of features that were" if group.startswith("tiles/") else "features that were"
+            raise StoreChangedError(
+                f"{self.path.stem}: {group} holds {what} imported; 'pathopipe run --fresh {stage}' forgets them and "
+                "computes its own, another --out keeps both",
+                slide_id=self.path.stem,
+            )
         if "imported" in known:
             raise StoreChangedError(
                 f"{self.path.stem}: {group} holds objects that were imported; 'pathopipe {stage} --fresh' finds them "
@@ -174,9 +181,15 @@ class SlideStore(Groups):
         self.clear(group)
         self.write_table(f"{group}/xy_l0", grid.xy_l0)
         self.write_table(f"{group}/tissue_fraction", grid.tissue_fraction)
-        scalars = {
-            name: getattr(grid, name) for name in TileGrid.__slots__ if name not in ("name", "xy_l0", "tissue_fraction")
-        }
+        if grid.cellularity is not None:
+            self.write_table(f"{group}/cellularity", grid.cellularity)
+        arrays = ("xy_l0", "tissue_fraction", "cellularity")
+        scalars = {name: getattr(grid, name) for name in TileGrid.__slots__ if name not in ("name", *arrays)}
+        if grid.around is None:
+            del scalars["around"]
+        if grid.cellularity is not None:
+            # Says that the array belongs here: without it, one that was lost would not be missed.
+            scalars["has_cellularity"] = True
         self.write_attributes(group, {**scalars, "inputs": inputs})
 
     def read_grid(self, name: str) -> TileGrid:
@@ -188,6 +201,7 @@ class SlideStore(Groups):
         group = f"tiles/{name}"
         attributes = self.finished(group)
         del attributes["inputs"]
+        has_cellularity = attributes.pop("has_cellularity", False)
         scalars: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()
         }
@@ -195,6 +209,7 @@ class SlideStore(Groups):
             name=name,
             xy_l0=self.read_array(f"{group}/xy_l0"),
             tissue_fraction=self.read_array(f"{group}/tissue_fraction"),
+            cellularity=self.read_array(f"{group}/cellularity") if has_cellularity else None,
             **scalars,
         )
 
@@ -279,6 +294,15 @@ class SlideStore(Groups):
         """Names of the layers that were not computed but brought in by hand."""
         return [name for name in self.layers() if "imported" in (self.inputs(f"objects/{name}") or {})]
 
+    def imported_features(self) -> list[str]:
+        """Encoders and grids of the embeddings that were not computed but brought in."""
+        return [
+            f"{encoder} on {grid}"
+            for grid in self.grids()
+            for encoder in self.encoders(grid)
+            if "imported" in (self.inputs(f"embeddings/{grid}/{encoder}") or {})
+        ]
+
     def begin_objects(self, layer: str, inputs: Mapping[str, Any], *, regions: str) -> None:
         """Make room for the parts of a layer; keeps those of an earlier try from the same inputs and regions.
 
@@ -357,10 +381,10 @@ class SlideStore(Groups):
     def clear_stage(self, stage: str, *, grid: str | None = None, encoders: tuple[str, ...] = ()) -> None:
         """Forget a stage and what depends on it: ``tissue`` everything, ``tiles`` one grid, ``embed`` its encoders."""
         if stage == "tissue":
-            kept = self.imported_layers()
+            kept = self.imported_layers() + self.imported_features()
             if kept:
                 raise StoreChangedError(
-                    f"{self.path.stem}: its store holds imported objects ({', '.join(kept)}), which --fresh tissue "
+                    f"{self.path.stem}: its store holds what was imported ({', '.join(kept)}), which --fresh tissue "
                     "would throw away; choose another --out, or export them and delete the store",
                     slide_id=self.path.stem,
                 )
@@ -379,7 +403,11 @@ class SlideStore(Groups):
     def problems(self) -> Iterator[Problem]:
         """Read every array and name what is missing, damaged or contradictory; nothing where all is sound."""
         if self.inputs("tissue") is None:
-            yield Problem("tissue", "not finished; 'pathopipe run' computes it")
+            # Imported features stand on no tissue of ours.
+            if self.children("tissue") or not any(
+                "imported" in (self.inputs(f"tiles/{grid}") or {}) for grid in self.grids()
+            ):
+                yield Problem("tissue", "not finished; 'pathopipe run' computes it")
         else:
             yield from self.damaged(f"tissue/{name}" for name in ("mask", *Ragged._fields))
         layers = self.children("objects")
@@ -394,7 +422,9 @@ class SlideStore(Groups):
             if self.inputs(f"tiles/{grid}") is None:
                 yield Problem(f"tiles/{grid}", "not finished; 'pathopipe run' computes it")
                 continue
-            damaged = list(self.damaged(f"tiles/{grid}/{name}" for name in ("xy_l0", "tissue_fraction")))
+            has_cellularity = self.attributes(f"tiles/{grid}").get("has_cellularity", False)
+            arrays = ("xy_l0", "tissue_fraction", *(("cellularity",) if has_cellularity else ()))
+            damaged = list(self.damaged(f"tiles/{grid}/{name}" for name in arrays))
             yield from damaged
             encoders = self.children(f"embeddings/{grid}")
             if not encoders:

@@ -9,12 +9,13 @@ from typing import Any
 
 import geopandas
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 
 from pathopipe.geojson import stable_ids
 from pathopipe.geometry import outlines_from_shapes
-from pathopipe.records import Level, ObjectClass, ObjectTable, SlideInfo
+from pathopipe.records import Level, ObjectClass, ObjectTable, SlideInfo, TileGrid
 from pathopipe.store import SlideStore, store_path
 
 Cli = Callable[..., Any]
@@ -167,6 +168,144 @@ def test_anndata_of_a_layer(cli: Cli, results: Path, tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "anndata", None)
     without = cli("export", "anndata", results, "--out", tmp_path / "h")
     assert (without.code, "pip install 'pathopipe[anndata]'" in without.err) == (2, True)
+
+
+def add_embeddings(
+    store: SlideStore, *, encoder: str = "enc", grid: str = "256px-0.5um", n: int = 30, bad: int = 0
+) -> None:
+    column = np.arange(n)
+    tiles = TileGrid(
+        name=grid,
+        side_px=256,
+        mpp=0.5,
+        achieved_mpp=(0.5, 0.5),
+        overlap_px=0,
+        side_l0=(512, 512),
+        stride_l0=(512.0, 512.0),
+        level=0,
+        read_px=(512, 512),
+        resample="area",
+        xy_l0=np.stack([column % 8 * 512, column // 8 * 512], axis=1),
+        tissue_fraction=np.ones(n, np.float32),
+    )
+    if grid not in store.grids():
+        store.write_grid(tiles, {"a": 1})
+    about = {"inputs": {"encoder": {"name": encoder}}}
+    rows = store.create_embeddings(grid, encoder, rows=n, features=4, dtype="float32", chunk_rows=20, about=about)
+    values, status = np.ones((n, 4), np.float32), np.ones(n, np.uint8)
+    values[:bad], status[:bad] = np.nan, 2
+    for chunk in range(rows.n_chunks):
+        rows.write_chunk(chunk, values[rows.chunk_slice(chunk)], status[rows.chunk_slice(chunk)])
+    rows.finish(bad_tiles=bad)
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Path:
+    for name, bad in (("a", 0), ("b", 2)):
+        add_embeddings(add_slide(tmp_path / "results", name, {}), bad=bad)
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        (["h5", "--layout", "clam"], "h5_files/a.h5"),
+        (["h5", "--layout", "trident"], "features_enc/a.h5"),
+        (["h5", "--layout", "stamp"], None),
+        (["pt"], "pt_files/a.pt"),
+        (["pt", "--layout", "trident"], "features_enc/a.pt"),
+    ],
+)
+def test_features_for_other_mil_code(
+    cli: Cli, embedded: Path, tmp_path: Path, arguments: list[str], first: str | None
+) -> None:
+    ended = cli("export", arguments[0], embedded, "--out", tmp_path / "x", *arguments[1:])
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert [line.partition(": ")[2] for line in lines] == [
+        "30 tiles of enc on 256px-0.5um",
+        "28 tiles of enc on 256px-0.5um",
+    ]
+    assert all(Path(line.partition(": ")[0]).is_file() for line in lines)
+    assert first is None or lines[0].startswith(f"{tmp_path / 'x' / first}: ")
+    assert ended.err == "note: b: 2 quarantined tiles left out\n"
+
+
+def test_embeddings_as_tables(cli: Cli, embedded: Path, tmp_path: Path) -> None:
+    # They are the only thing there, so they need not be named.
+    ended = cli("export", "parquet", embedded, "--out", tmp_path / "t")
+    assert ended.code == 0, ended.err
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["a.enc.parquet", "b.enc.parquet"]
+    store = SlideStore.open(store_path(embedded, "a"))
+    named = add_slide(tmp_path / "both", "a", {"nuclei": 5})
+    add_embeddings(named)
+    assert cli("export", "parquet", named.path, "--out", tmp_path / "o").out.endswith("5 objects of nuclei\n")
+    one = cli("export", "parquet", named.path, "--encoder", "enc", "--out", tmp_path / "one.parquet")
+    assert one.out == f"{tmp_path / 'one.parquet'}: 30 tiles of enc on 256px-0.5um\n"
+    assert pd.read_parquet(tmp_path / "one.parquet").shape == (30, 8)
+    merged = cli("export", "parquet", store.path, "--merge", "--encoder", "enc", "--out", tmp_path / "m.parquet")
+    assert (merged.code, "--merge is for objects" in merged.err) == (2, True)
+    both = cli("export", "parquet", named.path, "--encoder", "enc", "--layer", "nuclei", "--out", tmp_path / "m")
+    assert (both.code, "export them one by one" in both.err) == (2, True)
+
+
+def test_embeddings_as_anndata(cli: Cli, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("anndata")
+    ended = cli("export", "anndata", embedded, "--grid", "256px-0.5um", "--out", tmp_path / "h")
+    assert ended.code == 0, ended.err
+    assert sorted(path.name for path in (tmp_path / "h").iterdir()) == ["a.enc.h5ad", "b.enc.h5ad"]
+    monkeypatch.setitem(sys.modules, "anndata", None)
+    without = cli("export", "anndata", embedded, "--out", tmp_path / "h")
+    assert (without.code, "pip install 'pathopipe[anndata]'" in without.err) == (2, True)
+
+
+def test_a_slide_that_fails_is_named_and_the_others_go_on(cli: Cli, embedded: Path, tmp_path: Path) -> None:
+    add_slide(embedded, "aa", {})
+    (store_path(embedded, "a") / "embeddings" / "256px-0.5um" / "enc" / "values" / "c" / "1" / "0").unlink()
+    (store_path(embedded, "broken")).mkdir()
+    ended = cli("export", "h5", embedded, "--layout", "clam", "--out", tmp_path / "x")
+    assert ended.code == 1
+    assert "failed: a: a: enc on 256px-0.5um lacks 1 of 2 chunks; run the same command as before again" in ended.err
+    assert "failed: aa: aa: no embeddings of enc on 256px-0.5um (there are: none)" in ended.err
+    assert "failed: broken: " in ended.err
+    assert ended.out == f"{tmp_path / 'x' / 'h5_files' / 'b.h5'}: 28 tiles of enc on 256px-0.5um\n"
+    alone = cli("export", "h5", store_path(embedded, "a"), "--layout", "clam", "--out", tmp_path / "y")
+    assert (alone.code, "lacks 1 of 2 chunks" in alone.err, (tmp_path / "y").exists()) == (1, True, False)
+
+
+def test_an_empty_slide_is_told(cli: Cli, tmp_path: Path) -> None:
+    add_embeddings(add_slide(tmp_path / "results", "a", {}), n=0)
+    ended = cli("export", "h5", tmp_path / "results", "--layout", "stamp", "--out", tmp_path / "x")
+    assert (ended.code, ended.out) == (0, "")
+    assert ended.err == "note: a: no tiles; this layout has no file for it\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["h5", "RESULTS", "--out", "OUT"], "Missing option '--layout'"),
+        (["h5", "RESULTS", "--out", "OUT", "--layout", "clamp"], "'clamp' is not one of 'clam', 'trident', 'stamp'"),
+        (["pt", "RESULTS", "--out", "OUT", "--layout", "stamp"], "'stamp' is not one of 'clam', 'trident'"),
+        (["h5", "RESULTS", "--out", "OUT.h5", "--layout", "clam"], "give a folder; files are named by slide id"),
+        (["pt", "RESULTS", "--out", "OUT"], "embeddings of several encoders (enc, other); choose one with --encoder"),
+        (["parquet", "RESULTS", "--out", "OUT", "--encoder", "ens"], "--encoder ens: no such encoder; did you mean"),
+        (["anndata", "RESULTS", "--out", "OUT.h5ad", "--encoder", "enc"], "one file, but there are 2 to write"),
+        (["pt", "OUT", "--out", "OUT"], "no store here"),
+    ],
+)
+def test_wrong_use_of_feature_exports_is_told(
+    cli: Cli, embedded: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    add_embeddings(SlideStore.open(store_path(embedded, "b")), encoder="other")
+    filled = [each.replace("RESULTS", str(embedded)).replace("OUT", str(tmp_path / "new")) for each in arguments]
+    ended = cli("export", *filled)
+    assert (ended.code, message in " ".join(ended.err.split())) == (2, True), ended.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_embeddings_says_how_to_compute_some(cli: Cli, results: Path, tmp_path: Path) -> None:
+    ended = cli("export", "h5", results, "--layout", "clam", "--out", tmp_path / "x")
+    assert (ended.code, "compute some with 'pathopipe run SLIDE --out DIR'" in ended.err) == (2, True)
 
 
 def test_correct_and_import_back(cli: Cli, results: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The embedding stage: chunks whole, bad tiles quarantined, times accounted for."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pathopipe.cli.progress import describe_outcome
 from pathopipe.config import EmbedConfig, TilesConfig
 from pathopipe.embeddings import embed
 from pathopipe.embeddings.catalog import find_encoder
-from pathopipe.embeddings.embed import EmbedReport, build_encoder, embed_chunks, judge_rows
+from pathopipe.embeddings.embed import EmbedReport, Encoder, Lane, build_encoder, embed_chunks, judge_rows
 from pathopipe.errors import TileReadError, UsageError
 from pathopipe.geometry import Region
 from pathopipe.pipeline import SlideOutcome
@@ -75,10 +75,13 @@ def make(tmp_path: Path, chunk_rows: int = 10, dtype: str = "float16") -> tuple[
     return grid, rows
 
 
-def run(tmp_path: Path, encoder: Means, slide_type: type[ArraySlide] = ArraySlide, **settings: int) -> EmbeddingArray:
+def lane_of(rows: EmbeddingArray, encoder: Encoder, chunks: Iterable[int] | None = None, batch_size: int = 4) -> Lane:
+    return Lane(rows, encoder, frozenset(range(rows.n_chunks) if chunks is None else chunks), batch_size)
+
+
+def run(tmp_path: Path, encoder: Means, slide_type: type[ArraySlide] = ArraySlide) -> EmbeddingArray:
     grid, rows = make(tmp_path)
-    slide = slide_type(PIXELS, mpp=0.5, slide_id="s")
-    embed_chunks(slide, grid, rows, encoder, range(rows.n_chunks), **{"batch_size": 4, "threads": 2, **settings})
+    embed_chunks(slide_type(PIXELS, mpp=0.5, slide_id="s"), grid, [lane_of(rows, encoder)], threads=2)
     return rows
 
 
@@ -113,7 +116,7 @@ def test_reports_tiles_and_faults(tmp_path: Path) -> None:
     grid, rows = make(tmp_path)
     told: list[int] = []
     slide = Faulty(PIXELS, mpp=0.5, slide_id="s")
-    report = embed_chunks(slide, grid, rows, Means(), [0, 3], batch_size=4, threads=1, on_tiles=told.append)
+    [report] = embed_chunks(slide, grid, [lane_of(rows, Means(), [0, 3])], threads=1, on_tiles=told.append)
     assert (report.tiles, sum(told)) == (20, 20)
     assert report.faults == ("s: x 32, y 0: block 1 is corrupt",)
     assert report.read_s > 0
@@ -157,7 +160,7 @@ def test_the_times_of_a_run_show_what_is_slow(
     grid, rows = make(tmp_path, chunk_rows=64)
     slide = slide_type(PIXELS, mpp=0.5, slide_id="s")
     began = time.perf_counter()
-    report = embed_chunks(slide, grid, rows, encoder, [0], batch_size=4, threads=1)
+    [report] = embed_chunks(slide, grid, [lane_of(rows, encoder, [0])], threads=1)
     whole = time.perf_counter() - began
     assert report.limited_by() == limit
     assert 0.8 * whole < report.model_s + report.waiting_s + report.write_s <= whole
@@ -205,13 +208,10 @@ def test_the_next_batch_starts_before_the_last_is_fetched(tmp_path: Path) -> Non
     grid, rows = make(tmp_path)
     log: list[str] = []
     told: list[int] = []
-    report = embed_chunks(
+    [report] = embed_chunks(
         ArraySlide(PIXELS, mpp=0.5, slide_id="s"),
         grid,
-        rows,
-        OneAhead(log),
-        range(rows.n_chunks),
-        batch_size=4,
+        [lane_of(rows, OneAhead(log))],
         threads=2,
         on_tiles=lambda n: (told.append(n), log.append("told"))[0],
     )
@@ -235,7 +235,7 @@ def test_a_device_that_fails_keeps_what_was_written(tmp_path: Path) -> None:
     grid, rows = make(tmp_path)
     slide = ArraySlide(PIXELS, mpp=0.5, slide_id="s")
     with pytest.raises(RuntimeError, match="the device is gone"):
-        embed_chunks(slide, grid, rows, Failing([]), range(rows.n_chunks), batch_size=4, threads=2)
+        embed_chunks(slide, grid, [lane_of(rows, Failing([]))], threads=2)
     assert rows.done_chunks() == [0, 1]
 
 
@@ -249,8 +249,41 @@ def test_what_was_finished_before_a_crash_stays(tmp_path: Path) -> None:
     grid, rows = make(tmp_path)
     slide = ArraySlide(PIXELS, mpp=0.5, slide_id="s")
     with pytest.raises(RuntimeError, match="the model broke"):
-        embed_chunks(slide, grid, rows, Crashing(), range(rows.n_chunks), batch_size=4, threads=2)
+        embed_chunks(slide, grid, [lane_of(rows, Crashing())], threads=2)
     assert rows.done_chunks() == [0, 1]
+
+
+class Counting(ArraySlide):
+    """Counts what is read."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.n_reads = 0
+
+    def read(self, region: Region) -> NDArray[np.uint8]:
+        self.n_reads += 1
+        return super().read(region)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_several_encoders_share_what_is_read_and_nothing_else(tmp_path: Path) -> None:
+    alone = [run(tmp_path / "a", Means()), run(tmp_path / "b", Means({3: 1.0})), run(tmp_path / "c", Means({9: 2.0}))]
+    log: list[str] = []
+    grid, first = make(tmp_path / "first")
+    others = [make(tmp_path / name)[1] for name in ("second", "third")]
+    # As a run that was stopped leaves it: each encoder has chunks of its own still to do, and batches of its own size.
+    few = Means({3: 1.0})
+    lanes = [lane_of(first, Means()), lane_of(others[0], few, [0, 2], 3), lane_of(others[1], OneAhead(log), [0, 6], 8)]
+    slide = Counting(PIXELS, mpp=0.5, slide_id="s")
+    reports = embed_chunks(slide, grid, lanes, threads=1)
+    assert slide.n_reads == len(grid)
+    assert [report.tiles for report in reports] == [64, 20, 14]
+    assert others[0].done_chunks() == [0, 2]
+    assert others[1].done_chunks() == [0, 6]
+    assert few.batches == [3, 3, 3, 1] * 2
+    assert np.array_equal(first.read_values(), alone[0].read_values())
+    assert np.array_equal(others[0].read_values()[:10], alone[1].read_values()[:10])
+    assert np.array_equal(others[1].read_values()[60:, 0], alone[2].read_values()[60:, 0])
 
 
 def test_judging_rows_knows_the_limits_of_the_store() -> None:
@@ -268,7 +301,7 @@ def test_unknown_encoders_name_the_nearest() -> None:
 
 
 def test_the_handcrafted_encoder_fits_the_protocol() -> None:
-    encoder = build_encoder("handcrafted", EmbedConfig(), mpp=(0.5, 0.5), threads=1)
+    encoder = build_encoder(find_encoder("handcrafted"), EmbedConfig(), mpp=(0.5, 0.5), threads=1)
     images = encoder.allocate((2, 64, 64, 3))
     images[:] = PIXELS[:64, :64]
     values = encoder.encode(images)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from pathopipe.config import load_config
+from pathopipe.config import EmbedConfig, load_config
 from pathopipe.embeddings import encoder as encoder_module
 from pathopipe.embeddings import precision
 from pathopipe.embeddings.catalog import find_encoder
 from pathopipe.embeddings.encoder import NetworkEncoder
 from pathopipe.embeddings.precision import check_tiles, choose_precision, cpu_has_bf16, least_cosine, with_bf16_weights
+from pathopipe.embeddings.recipe import EncoderSpec, Transform
 from pathopipe.errors import StoreChangedError
 from pathopipe.pipeline import RunPlan, run_slide
 from pathopipe.records import SlideRef
@@ -24,8 +25,8 @@ CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 200, 200, 3)).astype(np.uint8)
 
 
-def build(**settings: object) -> NetworkEncoder:
-    return NetworkEncoder(TINY, weights=None, device="cpu", **settings)  # type: ignore[arg-type]
+def build(spec: EncoderSpec = TINY, **settings: object) -> NetworkEncoder:
+    return NetworkEncoder(spec, EmbedConfig.model_validate({"device": "cpu", **settings}))
 
 
 @pytest.fixture
@@ -66,6 +67,43 @@ def test_what_is_asked_for_is_taken(flags: Path) -> None:
         "bf16 autocast",
         "fp16 autocast",
     ]
+
+
+@pytest.mark.parametrize(
+    ("native", "with_bf16", "without"),
+    [
+        (None, "bf16 autocast", "fp16 autocast"),
+        ("fp32", "fp32", "fp32"),
+        ("fp16", "fp16 autocast", "fp16 autocast"),
+        ("bf16", "bf16 autocast", "fp32"),
+    ],
+)
+def test_a_gpu_does_as_the_authors_did(
+    monkeypatch: pytest.MonkeyPatch, native: precision.Native | None, with_bf16: str, without: str
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert choose_precision("auto", gpu, native) == with_bf16
+    assert choose_precision("fp32", gpu, native) == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert choose_precision("auto", gpu, native) == without
+
+
+def test_on_a_cpu_the_row_does_not_matter(flags: Path) -> None:
+    assert {choose_precision("auto", CPU, native) for native in (None, "fp32", "fp16", "bf16")} == {"bf16 weights"}  # type: ignore[arg-type]
+
+
+def test_a_network_that_takes_one_size_is_tried_on_that(flags: Path, tmp_path: Path) -> None:
+    spec = TINY.model_copy(
+        update={
+            "name": "no-resize",
+            "transform": Transform(resize="none", resize_px=None),
+            "tile_px": 160,
+            "outputs": {"pooled": 64},
+        }
+    )
+    torch.save(build()._model.float().network.state_dict(), tmp_path / "w.pt")  # type: ignore[operator]
+    assert build(spec, weights=tmp_path / "w.pt").precision == "bf16 weights"
 
 
 def test_auto_takes_bf16_weights_near_fp32_and_says_so(flags: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -161,6 +199,7 @@ def test_the_tiles_of_the_check_are_tissue_and_the_same_each_time() -> None:
     assert tiles.shape == (4, 256, 256, 3)
     assert all(tile.std() > 10 for tile in tiles)
     assert len({tile.tobytes() for tile in tiles}) == 4
+    assert check_tiles(100).shape == (4, 100, 100, 3)
 
 
 def test_a_store_keeps_to_one_precision_and_tells_it(flags: Path, drawn_slide: Path, tmp_path: Path) -> None:

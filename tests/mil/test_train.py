@@ -5,22 +5,34 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from distributed import LocalCluster
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from pathopipe.cluster import spread_calls
 from pathopipe.cohort import LabelTable, nested_folds
 from pathopipe.errors import UsageError
 from pathopipe.mil.bags import array_bag
-from pathopipe.mil.fit import TrainingSet, choose_device, find_temperature, fit_network, score_bags
+from pathopipe.mil.fit import TrainingSet, choose_device, find_temperature, fit_network, join_negative, score_bags
 from pathopipe.mil.ranking import NESTED, rank_models, write_results
 from pathopipe.mil.settings import MilConfig, load_mil_config
 from pathopipe.mil.targets import TargetSpec
-from pathopipe.mil.train import Cohort, TrainRequest, check_output, open_cohorts, train_all, train_fold
+from pathopipe.mil.train import (
+    Cohort,
+    Spread,
+    TrainRequest,
+    check_output,
+    one_by_one,
+    open_cohorts,
+    train_all,
+    train_fold,
+)
 
 BINARY = TargetSpec(name="label", kind="binary", columns=("label",), classes=("no", "yes"))
 QUICK = MilConfig(hidden=16, attention=8, members=2, epochs=8, draws=100, learning_rate=5e-3)
@@ -153,6 +165,71 @@ def test_the_best_epoch_is_restored() -> None:
     assert loss == pytest.approx(min(losses), rel=1e-2)
 
 
+def test_without_early_stopping_the_last_epoch_stays() -> None:
+    data = training_set(*planted())
+    settings = replace_settings(epochs=15, learning_rate=0.2, patience=1, early_stop=False)
+    train, val = np.arange(24), np.arange(24, 40)
+    fitted = fit_network("abmil", (BINARY,), data, train, val, settings, seed=0)
+    losses = [epoch.val_loss for epoch in fitted.history]
+    assert len(losses) == 15
+    assert fitted.best_epoch == 14
+    logits, truth = score_bags(fitted.network, data, val)[:, 0], planted()[1][val]
+    loss = np.mean(np.logaddexp(0, logits) - truth * logits)
+    assert loss == pytest.approx(losses[-1], rel=1e-4)
+    assert loss > 1.01 * min(losses)
+
+
+def test_bags_are_joined_with_negative_ones_only() -> None:
+    tiles = torch.arange(5.0)[:, None, None] + torch.tensor([0.1, 0.2])[None, :, None]
+    real = torch.tensor([[True, True], [True, False], [True, True], [True, True], [True, True]])
+    truth = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, torch.nan], [0.0, 0.0], [1.0, 1.0]])
+    torch.manual_seed(0)
+    partners = set()
+    for _ in range(40):
+        joined, kept = join_negative(tiles, real, truth, 1.0)
+        torch.testing.assert_close(joined[:, :2], tiles)
+        assert torch.equal(kept[:, :2], real)
+        for bag in range(5):
+            added = joined[bag, 2:][kept[bag, 2:]][:, 0].tolist()
+            # A negative bag may draw itself, and is left alone then. Padding stays padding.
+            assert added in ([], [pytest.approx(1.1)], pytest.approx([3.1, 3.2]))
+            partners.add((bag, int(added[0]) if added else None))
+    alone = {(1, None), (3, None)}
+    assert partners == {(bag, other) for bag in range(5) for other in (1, 3) if bag != other} | alone
+
+
+def test_bags_are_joined_as_often_as_asked() -> None:
+    tiles, real, truth = torch.zeros(2000, 1, 1), torch.ones(2000, 1, dtype=torch.bool), torch.ones(2000, 1)
+    assert join_negative(tiles, real, truth, 1.0)[1].shape == (2000, 1)  # no negative bag
+    truth[:1000] = 0
+    torch.manual_seed(0)
+    joined = join_negative(tiles, real, truth, 0.3)[1]
+    assert joined[:, 0].all()
+    assert joined[:, 1].float().mean() == pytest.approx(0.3, abs=0.04)
+
+
+def test_joined_bags_teach_attention_the_positive_tiles() -> None:
+    values, labels = planted(60)
+    data, rows = training_set(values, labels), np.arange(60)
+    settings = replace_settings(epochs=25, join=1.0, early_stop=False, dropout=0.0)
+    fitted = fit_network("abmil", (BINARY,), data, rows[:40], rows[40:], settings, seed=0)
+    for bag in rows[40:][labels[40:] == 1]:
+        shown = torch.from_numpy(values[bag])[None]
+        attention = fitted.network(shown, torch.ones(shown.shape[:2], dtype=torch.bool)).attention
+        assert attention is not None
+        weights = attention.detach()[0, :, 0]
+        assert set(torch.topk(weights, 2).indices.tolist()) == {0, 1}
+
+
+def test_joining_is_refused_where_labels_would_not_stay() -> None:
+    data, rows = training_set(*planted()), np.arange(30)
+    ordinal = replace(BINARY, kind="ordinal", classes=("a", "b", "c"))
+    with pytest.raises(UsageError, match="label is ordinal; set mil.join=0"):
+        fit_network("abmil", (ordinal,), data, rows, rows[:0], replace_settings(join=0.5), seed=0)
+    with pytest.raises(UsageError, match=r"mil\.centre"):
+        fit_network("abmil", (BINARY,), data, rows, rows[:0], replace_settings(join=0.5, centre=True), seed=0)
+
+
 def test_gradients_add_up_over_parts_of_a_step() -> None:
     values, labels = planted()
     data, train = training_set(values, labels), np.arange(32)
@@ -227,11 +304,11 @@ def request_of(tmp_path: Path) -> TrainRequest:
     )
 
 
-def run(request: TrainRequest) -> list[str]:
+def run(request: TrainRequest, spread: Spread = one_by_one) -> list[str]:
     lines: list[str] = []
     cohorts, _ = open_cohorts(request)
     check_output(request, cohorts)
-    jobs = train_all(request, cohorts, lines.append)
+    jobs = train_all(request, cohorts, lines.append, spread)
     write_results(request.out, rank_models(request, cohorts, jobs))
     return lines
 
@@ -299,14 +376,35 @@ def test_changed_labels_are_refused_and_more_heads_are_not(request_of: TrainRequ
         check_output(request_of, cohorts)
 
 
-@pytest.mark.slow
-def test_processes_give_the_same_models(request_of: TrainRequest) -> None:
+def test_dask_workers_give_the_same_models(request_of: TrainRequest) -> None:
     run(request_of)
-    parallel = replace(request_of, out=request_of.out.with_name("parallel"), workers=2)
-    run(parallel)
+    parallel = replace(request_of, out=request_of.out.with_name("parallel"))
+    lines = run(parallel, partial(spread_calls, workers=2))
+    assert sum("networks" in line or "fitted" in line for line in lines) == 4
     one, two = contents(request_of.out), contents(parallel.out)
     assert set(one) == set(two)
     assert all(one[name] == two[name] for name in one if name.endswith((".safetensors", "predictions.csv")))
+
+
+def _fails(number: int) -> str:
+    if number == 1:
+        raise UsageError("planted")
+    return f"did {number}"
+
+
+def test_what_a_worker_raises_is_raised_here(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="planted"):
+        list(spread_calls(_fails, [(1,)], workers=1))
+    with pytest.raises(UsageError, match=r"--scheduler tcp://127.0.0.1:9: no Dask scheduler answers there"):
+        list(spread_calls(_fails, [(0,)], workers=1, scheduler="tcp://127.0.0.1:9"))
+
+
+def test_an_existing_dask_scheduler_can_be_used() -> None:
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", protocol="tcp"
+    ) as cluster:
+        done = dict(spread_calls(_fails, [(0,), (2,)], workers=1, scheduler=cluster.scheduler_address))
+    assert done == {0: "did 0", 1: "did 2"}
 
 
 def test_results_name_the_nested_choice(request_of: TrainRequest) -> None:

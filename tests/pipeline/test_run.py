@@ -10,16 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 import zarr
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from pathopipe import cluster
 from pathopipe.cluster import run_cohort
 from pathopipe.config import Config, load_config
+from pathopipe.embeddings import embed
+from pathopipe.embeddings.torchvision_import import import_torchvision
 from pathopipe.errors import (
     PathopipeError,
     SlideError,
@@ -27,13 +31,15 @@ from pathopipe.errors import (
     StoreWriteError,
     TileReadError,
     TooManyBadTilesError,
+    UsageError,
 )
 from pathopipe.geometry import Region
-from pathopipe.pipeline import RunPlan, common, outline_path, run, run_slide, thumbnail_path
+from pathopipe.pipeline import RunPlan, check_plan, common, outline_path, run, run_slide, thumbnail_path
 from pathopipe.records import SlideRef
 from pathopipe.slide.base import Slide
 from pathopipe.slide.open import open_slide
 from pathopipe.store import SlideStore, store_path
+from pathopipe.tiles.read import TileBatch
 
 GRID = "256px-0.5um"
 
@@ -166,6 +172,113 @@ def test_several_grids_and_encoders_live_side_by_side(ref: SlideRef, tmp_path: P
     assert rows.read_values().dtype == np.float16
     assert "random" in rows.attributes["warning"]
     assert list(store.problems()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_encoders_of_one_grid_share_what_is_read(
+    ref: SlideRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    both = "embed.encoder=handcrafted,timm.test_vit"
+    for number, settings in enumerate((["embed.encoder=handcrafted"], ["embed.encoder=timm.test_vit"])):
+        run_slide(ref, plan_of(tmp_path / f"alone{number}", *settings))
+    read: list[int] = []
+    stream = embed.stream_batches
+
+    def counting(*arguments: Any, **settings: Any) -> Iterator[TileBatch]:
+        for batch in stream(*arguments, **settings):
+            read.append(len(batch.images))
+            yield batch
+
+    monkeypatch.setattr(embed, "stream_batches", counting)
+    [outcome] = run_cohort([ref], plan_of(tmp_path / "both", both), workers=workers)
+    assert outcome.status == "done"
+    assert outcome.did == ("tissue", "tiles", "handcrafted", "timm.test_vit")
+    if workers == 1:
+        assert sum(read) == outcome.tiles
+    arrays = arrays_of(tmp_path / "both")
+    for number in (0, 1):
+        alone = arrays_of(tmp_path / f"alone{number}")
+        assert {name: arrays[name] for name in alone} == alone
+    # What was lost of one encoder is computed for it alone.
+    (tmp_path / "both" / "slides" / "drawn.zarr" / "embeddings" / GRID / "timm.test_vit/values/c/1/0").unlink()
+    read.clear()
+    run_slide(ref, plan_of(tmp_path / "both", both))
+    assert sum(read) == 16
+    assert arrays_of(tmp_path / "both") == arrays
+
+
+_ROWS = """
+small:
+  loader: timm
+  architecture: test_vit
+  tile_px: 128
+  mpp: 1.0
+  outputs: {pooled: 64}
+  output: pooled
+"""
+
+
+def test_each_encoder_gets_the_tiles_of_its_recipe(ref: SlideRef, tmp_path: Path) -> None:
+    import_torchvision()
+    import timm
+
+    (tmp_path / "mine.yaml").write_text(_ROWS)
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
+    settings = [
+        "embed.encoder=handcrafted,small",
+        f"embed.catalog={tmp_path / 'mine.yaml'}",
+        f"embed.weights={{small: {weights}}}",
+    ]
+    out = tmp_path / "out"
+    assert check_plan([ref], plan_of(out, *settings)) == []
+    outcome = run_slide(ref, plan_of(out, *settings))
+    store = SlideStore.open(store_path(out, "drawn"))
+    assert store.grids() == ["128px-1um", GRID]
+    assert store.encoders("128px-1um") == ["small"]
+    assert store.encoders(GRID) == ["handcrafted"]
+    assert store.embeddings("128px-1um", "small").attributes["departs"] is None
+    assert outcome.tiles == max(len(store.read_grid(name)) for name in store.grids())
+    assert list(store.problems()) == []
+
+    other = [*settings, "tiles.mpp=0.5"]
+    [note] = check_plan([ref], plan_of(out, *other))
+    assert note == "small: tiles of 128 px at 0.5 um/px depart from its recipe, 128 px at 1 um/px"
+
+
+def test_places_at_several_resolutions_and_those_with_most_nuclei(ref: SlideRef, tmp_path: Path) -> None:
+    chosen = ["tiles.cellular_share=0.25"]
+    outcome = run_slide(ref, plan_of(tmp_path, *chosen))
+    assert outcome.did == ("tissue", "tiles", "handcrafted")
+    name, around = f"{GRID}-cell25", "256px-1um-around-0.5um-cell25"
+    store = SlideStore.open(store_path(tmp_path, "drawn"))
+    assert store.grids() == [name]
+    before = arrays_of(tmp_path)
+
+    # A further scale joins what is there.
+    outcome = run_slide(ref, plan_of(tmp_path, *chosen, "tiles.scales_um=1"))
+    assert outcome.did == ("tiles", "handcrafted")
+    assert store.grids() == [name, around]
+    grid, wider = store.read_grid(name), store.read_grid(around)
+    assert len(grid) == len(wider) == outcome.tiles
+    assert np.array_equal(grid.xy_l0 + np.array(grid.side_l0) // 2, wider.xy_l0 + np.array(wider.side_l0) // 2)
+    for each in (name, around):
+        assert np.isfinite(store.embeddings(each, "handcrafted").read_values()).all()
+    assert {key: value for key, value in arrays_of(tmp_path).items() if key in before} == before
+    assert list(store.problems()) == []
+    assert run_slide(ref, plan_of(tmp_path, *chosen, "tiles.scales_um=1")).did == ()
+
+    outcome = run_slide(ref, plan_of(tmp_path, *chosen, "tiles.scales_um=1", "tiles.min_tissue=0.9", fresh="tiles"))
+    assert store.read_grid(around).around == name
+    assert list(store.problems()) == []
+
+
+def test_weights_that_nobody_asked_for_are_refused(ref: SlideRef, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'timm.test_vti' is not among the encoders of this run; did you mean"):
+        check_plan([ref], plan_of(tmp_path, "embed.encoder=timm.test_vit", "embed.weights={timm.test_vti: a.pt}"))
+    two = "embed.encoder=timm.test_vit,timm.resnet18"
+    with pytest.raises(UsageError, match=r"one file for 2 encoders .*give a file for each"):
+        check_plan([ref], plan_of(tmp_path, two, "embed.weights=a.pt"))
 
 
 def test_the_manifests_mpp_wins_and_is_recorded(drawn_slide: Path, tmp_path: Path) -> None:

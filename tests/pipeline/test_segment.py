@@ -111,7 +111,7 @@ def test_corrections_are_not_thrown_away(slide: Path, tmp_path: Path, cli: Calla
     with pytest.raises(StoreChangedError, match="objects that were imported"):
         segmented(slide, tmp_path, "segment.tasks=cells", fresh=True)
     result = cli("run", slide.parent, "--out", tmp_path, "--fresh", "tissue")
-    assert (result.code, "imported objects (nuclei)" in result.out) == (1, True)
+    assert (result.code, "what was imported (nuclei)" in result.out) == (1, True)
     assert SlideStore.open(store_path(tmp_path, "drawn")).imported_layers() == ["nuclei"]
 
 

@@ -1,4 +1,4 @@
-"""Feature files of other programs: CLAM, TRIDENT and STAMP HDF5, ``.pt`` and ``.npz``; described first, read on demand.
+"""Read feature files of other programs: CLAM, TRIDENT and STAMP HDF5, ``.pt`` and ``.npz``; described first.
 
 Files are opened anew for every read, so that thousands of them cost neither memory nor file handles, and readers may
 cross threads and processes.
@@ -7,7 +7,7 @@ cross threads and processes.
 import contextlib
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
@@ -55,6 +55,16 @@ class FeatureFile:
     """Side of a tile in the unit of the coordinates; None where not stated."""
     leading_axis: bool
     """Stored as (1, N, D)."""
+    coord_path: Path
+    """Where the coordinates are: the file itself, or one beside it."""
+    patch_px: int | None = None
+    """Side of a tile in pixels as it was read; None where not stated."""
+    nominal_mpp: float | None = None
+    """Micrometres per tile pixel after the magnification that is stated: 0.5 for 20; None where none is."""
+    overlap_px: int = 0
+    """By how many of these pixels tiles overlap, where stated."""
+    dims_l0: tuple[int, int] | None = None
+    """Width and height of the slide in level-0 pixels, where stated."""
 
     def read(self, rows: NDArray[np.intp] | None = None) -> NDArray[Any]:
         """The chosen rows, in the order given; all where ``rows`` is None.
@@ -85,17 +95,17 @@ class FeatureFile:
         """
         if not self.coord_key or not self.n_rows:
             return None
-        with _explained(self.path):
-            if self.path.suffix in (".h5", ".hdf5"):
-                with h5py.File(self.path, "r") as file:
+        with _explained(self.coord_path):
+            if self.coord_path.suffix in (".h5", ".hdf5"):
+                with h5py.File(self.coord_path, "r") as file:
                     xy = np.asarray(file[self.coord_key][()])
             else:
-                xy = _load_array(self.path, self.coord_key)
+                xy = _load_array(self.coord_path, self.coord_key)
         xy = xy[0] if xy.ndim == 3 and len(xy) == 1 else xy
         if xy.shape != (self.n_rows, 2):
             raise UsageError(
-                f"{self.path}: '{self.coord_key}' has the shape {xy.shape} beside {self.n_rows} rows of features; "
-                "make the features again"
+                f"{self.coord_path}: '{self.coord_key}' has the shape {xy.shape} beside {self.n_rows} rows of "
+                "features; make the features again"
             )
         return xy.astype(np.float64)
 
@@ -117,7 +127,7 @@ class FeatureFile:
             return out
 
 
-def open_features(path: Path, *, slide_id: str | None = None) -> FeatureFile:
+def open_features(path: Path, *, slide_id: str | None = None, beside: bool = False) -> FeatureFile:
     """Look at a feature file without reading its features (``.npz`` and old ``.pt`` files are read whole, and let go).
 
     Coordinates' unit and tile side come from the file, or from CLAM's or TRIDENT's ``patches`` folder beside it.
@@ -125,6 +135,8 @@ def open_features(path: Path, *, slide_id: str | None = None) -> FeatureFile:
     Args:
         path: ``.h5``, ``.hdf5``, ``.pt`` or ``.npz``.
         slide_id: Where the file's name is not the slide's id.
+        beside: Where the file has no coordinates, take those of CLAM's ``h5_files`` or of a ``patches`` folder beside
+            its own.
 
     Raises:
         UsageError: The file is truncated, of another kind, lacks features, or holds what can't be features; says what
@@ -139,8 +151,17 @@ def open_features(path: Path, *, slide_id: str | None = None) -> FeatureFile:
     key, shape, kind = _choose_features(path, found)
     leading = len(shape) == 3
     n_rows, features = _rows_and_width(path, key, shape, feat_type=found.attributes.get("feat_type", ""))
-    coord_key = next((name for name in _COORD_KEYS if name in found.shapes), "")
-    unit, side = _coordinate_frame(path, found, coord_key)
+    coord_path, placed = path, found
+    coord_key = _coord_key(found)
+    if beside and not coord_key:
+        for other in _beside(path, "h5_files", "patches"):
+            with _explained(other):
+                content = _look_at_hdf5(other)
+            if _coord_key(content):
+                coord_path, coord_key = other, _coord_key(content)
+                placed = replace(content, attributes={**found.attributes, **content.attributes})
+                break
+    frame = _coordinate_frame(coord_path, placed, coord_key)
     return FeatureFile(
         path=path,
         slide_id=slide_id if slide_id is not None else path.name.removesuffix(suffix),
@@ -151,9 +172,14 @@ def open_features(path: Path, *, slide_id: str | None = None) -> FeatureFile:
         dtype=kind,
         encoder=_encoder(path, found),
         coord_key=coord_key,
-        coord_unit=unit,
-        patch_side=side,
+        coord_unit=frame.unit,
+        patch_side=frame.side,
         leading_axis=leading,
+        coord_path=coord_path,
+        patch_px=frame.patch_px,
+        nominal_mpp=frame.nominal_mpp,
+        overlap_px=frame.overlap_px,
+        dims_l0=frame.dims_l0,
     )
 
 
@@ -317,25 +343,67 @@ def _encoder(path: Path, found: _Content) -> str:
     return path.parent.name.removeprefix("features_") if path.parent.name.startswith("features_") else ""
 
 
-def _coordinate_frame(path: Path, found: _Content, coord_key: str) -> tuple[CoordUnit, float | None]:
-    """Unit of the coordinates and side of a tile in it, as far as they are stated."""
+def _coord_key(found: _Content) -> str:
+    return next((name for name in _COORD_KEYS if name in found.shapes), "")
+
+
+def _beside(path: Path, *folders: str) -> Iterator[Path]:
+    """Files of the same slide in folders beside the file's own."""
+    for folder in folders:
+        for name in (f"{path.stem}.h5", f"{path.stem}_patches.h5"):
+            other = path.parent.parent / folder / name
+            if other.is_file() and other != path:
+                yield other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """What coordinates and tiles are, as far as it is stated."""
+
+    unit: CoordUnit
+    side: float | None = None
+    patch_px: int | None = None
+    nominal_mpp: float | None = None
+    overlap_px: int = 0
+    dims_l0: tuple[int, int] | None = None
+
+
+def _coordinate_frame(path: Path, found: _Content, coord_key: str) -> _Frame:
     if not coord_key:
-        return "", None
+        return _Frame(unit="")
     stated = {**found.attributes, **found.coord_attributes}
     if stated.get("unit") == "um":
-        return "um", _positive(stated.get("tile_size_um", stated.get("tile_size")))
+        side_um = _positive(stated.get("tile_size_um", stated.get("tile_size")))
+        return _Frame(unit="um", side=side_um, patch_px=_whole(stated.get("tile_size_px")))
     side = _side_l0(stated)
     if side is None:
-        for name in (f"{path.stem}.h5", f"{path.stem}_patches.h5"):
-            beside = path.parent.parent / "patches" / name
-            if beside.is_file():
-                with h5py.File(beside, "r") as file:
-                    side = _side_l0(_plain(file["coords"].attrs)) if "coords" in file else None
-                break
+        for other in _beside(path, "patches"):
+            with _explained(other), h5py.File(other, "r") as file:
+                stated = {**stated, **_plain(file["coords"].attrs)} if "coords" in file else stated
+            side = _side_l0(stated)
+            break
     # CLAM and TRIDENT write whole level-0 pixels; of floats, or of other programs' files, nothing is known.
     whole = np.dtype(found.kinds[coord_key]).kind in "iu"
-    known = side is not None or coord_key == "xy_l0" or (whole and "features" in found.shapes)
-    return ("px_l0" if known else ""), side
+    clean = whole and ("features" in found.shapes or path.parent.name == "patches")
+    known = side is not None or coord_key == "xy_l0" or clean
+    magnification = _positive(stated.get("target_magnification"))
+    return _Frame(
+        unit="px_l0" if known else "",
+        side=side,
+        patch_px=_whole(stated.get("patch_size")),
+        nominal_mpp=None if magnification is None else 10 / magnification,
+        overlap_px=_whole(stated.get("overlap")) or 0,
+        dims_l0=_dims_l0(stated),
+    )
+
+
+def _dims_l0(stated: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Size of the slide as TRIDENT states it, or CLAM where it read level 0."""
+    width, height = _whole(stated.get("level0_width")), _whole(stated.get("level0_height"))
+    level_dim = stated.get("level_dim")
+    if stated.get("patch_level") == 0 and isinstance(level_dim, list) and len(level_dim) == 2:
+        width, height = _whole(level_dim[0]), _whole(level_dim[1])
+    return None if width is None or height is None else (width, height)
 
 
 def _side_l0(stated: Mapping[str, Any]) -> float | None:
@@ -349,6 +417,11 @@ def _side_l0(stated: Mapping[str, Any]) -> float | None:
         return _positive(size)
     factor = downsample[0] if isinstance(downsample, list) else downsample
     return _positive(size * factor) if isinstance(factor, int | float) else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _positive(value)
+    return int(number) if number is not None and number.is_integer() else None
 
 
 def _positive(value: Any) -> float | None:
