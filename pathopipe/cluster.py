@@ -13,7 +13,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from pathopipe.errors import PathopipeError, StoreWriteError, UsageError
+from pathopipe.errors import PathopipeError, StoreChangedError, StoreWriteError, UsageError
 from pathopipe.files import durable_file, remove_leftovers
 from pathopipe.pipeline import (
     LaneReports,
@@ -237,7 +237,13 @@ def _failed(ref: SlideRef, plan: RunPlan, error: Exception, seconds: float) -> S
         with durable_file(log) as file:
             file.write("".join(traceback.format_exception(error)).encode())
         reason = f"{ref.slide_id}: unexpected {type(error).__name__} ({error}); the traceback is in {log}"
-    return SlideOutcome(slide_id=ref.slide_id, status="failed", reason=" ".join(reason.split()), seconds=seconds)
+    return SlideOutcome(
+        slide_id=ref.slide_id,
+        status="failed",
+        reason=" ".join(reason.split()),
+        refused=isinstance(error, StoreChangedError),
+        seconds=seconds,
+    )
 
 
 @contextlib.contextmanager

@@ -49,6 +49,11 @@ class TissueConfig(_Section):
     """Slides with less tissue are flagged ``little-tissue``."""
 
 
+def _check_overlap(overlap_px: int, side_px: int | None) -> None:
+    if side_px is not None and overlap_px >= side_px:
+        raise ValueError(f"overlap_px={overlap_px} must be less than side_px={side_px}")
+
+
 class _TileOptions(_Section):
     overlap_px: int = Field(default=0, ge=0)
     """Pixels that neighbouring tiles share; must be less than ``side_px``."""
@@ -86,8 +91,7 @@ class TilesConfig(_TileOptions):
 
     @model_validator(mode="after")
     def _overlap_is_less_than_a_tile(self) -> Self:
-        if self.overlap_px >= self.side_px:
-            raise ValueError(f"overlap_px={self.overlap_px} must be less than side_px={self.side_px}")
+        _check_overlap(self.overlap_px, self.side_px)
         return self
 
 
@@ -98,6 +102,11 @@ class TilesSection(_TileOptions):
     """Side of a tile in pixels at ``mpp``; that of the encoder's recipe when left out (handcrafted: 256)."""
     mpp: float | None = Field(default=None, ge=0.05, le=50)
     """Micrometres per tile pixel; those of the encoder's recipe when left out (handcrafted: 0.5)."""
+
+    @model_validator(mode="after")
+    def _overlap_is_less_than_a_tile(self) -> Self:
+        _check_overlap(self.overlap_px, self.side_px)
+        return self
 
     def settled(self, *, side_px: int, mpp: float) -> TilesConfig:
         """The tiles of an encoder whose recipe says ``side_px`` at ``mpp``.
@@ -182,7 +191,8 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         UsageError: The file can't be read, a key is unknown (the nearest is named), or a value is out of range.
     """
     settings: dict[str, Any] = _read_yaml(path) if path is not None else {}
-    settings.pop("mil", None)  # of the commands of mil, which check it themselves
+    for section in ("mil", "metadata"):  # of those commands, which check them themselves
+        settings.pop(section, None)
     for text in overrides:
         _apply_override(settings, text)
     try:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 __all__ = ["nearest"]
 
+_MOST_SHOWN = 40
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence part for an error: ``did you mean 'a'?``, or the known names where nothing is near."""
@@ -12,4 +14,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
-    return "known: " + ", ".join(names)
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return "known: " + ", ".join(names[:_MOST_SHOWN]) + more

@@ -1,6 +1,7 @@
 """The house: imports run down, heavy libraries have few homes, private data stays out."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,8 @@ HOMES = {
 }
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Full names of all modules that a file imports, wherever in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -59,7 +61,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: write imports in full"
             found |= {node.module or ""}
-    return found
+    return frozenset(found)
 
 
 def room_of(path: Path) -> str:

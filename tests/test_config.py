@@ -28,7 +28,6 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("embed.device=tpu", "got 'tpu'"),
         ("mpp=1", "write it as section.key=value"),
         ("tiles.mpp", "write it as section.key=value"),
-        ("tiles.overlap_px=256", "tiles: overlap_px=256 must be less than side_px=256"),
         ("slide.mpp=0", "greater than or equal to 0.05"),
     ],
 )
@@ -65,9 +64,13 @@ def test_every_setting_is_documented() -> None:
             assert field.description, f"{section}.{name}"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_shipped_configs_load(path: Path) -> None:
-    load_config(path)
+def test_an_overlap_is_less_than_the_tile_of_each_encoder() -> None:
+    with pytest.raises(UsageError, match="tiles: overlap_px=64 must be less than side_px=64"):
+        load_config(None, ["tiles.side_px=64", "tiles.overlap_px=64"])
+    tiles = load_config(None, ["tiles.overlap_px=256"]).tiles
+    assert tiles.settled(side_px=512, mpp=0.5).overlap_px == 256
+    with pytest.raises(UsageError, match="tiles: overlap_px=256 must be less than side_px=256"):
+        tiles.settled(side_px=256, mpp=0.5)
 
 
 def test_the_default_file_states_the_defaults() -> None:

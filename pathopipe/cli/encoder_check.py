@@ -14,6 +14,7 @@ from pathopipe.cli.progress import format_table
 
 __all__ = ["check"]
 
+_LONGEST_CELL = 70
 _HOLDS = {True: "ok", False: "WRONG", None: ""}
 
 
@@ -69,12 +70,19 @@ def check(
         document = {"name": spec.name, "holds": holds, "checks": [asdict(one) for one in checks], "notes": notes}
         print(json.dumps(document, indent=2))
     else:
-        rows = [(one.what, one.expected, one.found, _HOLDS[one.holds]) for one in checks]
+        rows = [(one.what, one.expected, _in_table(one.found), _HOLDS[one.holds]) for one in checks]
         print(format_table((spec.name, "expected", "found", ""), rows))
+        for one in checks:
+            if _in_table(one.found) != one.found:
+                print(f"{one.what}: {one.found.replace('--set embed.trust_remote_code=true', '--trust-remote-code')}")
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     if not holds:
         raise typer.Exit(1)
+
+
+def _in_table(found: str) -> str:
+    return found if len(found) <= _LONGEST_CELL else "see below"
 
 
 def _vectors_folder() -> Path:

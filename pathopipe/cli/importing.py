@@ -145,7 +145,8 @@ def features(
         str | None, typer.Option("--grid", metavar="NAME", help="Name of the grid. Default: after the tiles' size.")
     ] = None,
     mpp: Annotated[
-        float | None, typer.Option("--mpp", help="Micrometres per level-0 pixel; needed without the slides.")
+        float | None,
+        typer.Option("--mpp", min=0.05, max=50, help="Micrometres per level-0 pixel; needed without the slides."),
     ] = None,
     tile_px: Annotated[
         int | None, typer.Option("--tile-px", min=1, help="Side of a tile in pixels, as the encoder got it.")

@@ -97,8 +97,10 @@ def run_and_tell(refs: Sequence["SlideRef"], plan: "RunPlan", workers: int) -> l
         with RunProgress(len(refs)) as progress:
             run_cohort(refs, plan, workers=workers, on_slide=ended, on_tiles=progress.on_tiles)
     finally:
-        if outcomes:
-            update_summary(plan.out / "summary.csv", [_summary_row(outcome) for outcome in outcomes])
+        # What was refused has changed nothing, so what is known of the slide stays.
+        rows = [_summary_row(outcome) for outcome in outcomes if not outcome.refused]
+        if rows:
+            update_summary(plan.out / "summary.csv", rows)
     _print_summary(outcomes, plan.out)
     return outcomes
 

@@ -213,7 +213,11 @@ def _compare_vector(
         "vector": vector.tolist(),
     }
     if not path.exists():
-        return _keep(path, now)
+        others = [other for other in folder.glob(f"{encoder.identity['name']}-*.json") if _is_vector_of(other, path)]
+        check, notes = _keep(path, now)
+        if others:
+            notes = [f"this is another weights file than {len(others)} that were checked before", *notes]
+        return check, notes
     kept = _read_kept(path)
     if kept is None or kept["tile_sha256"] != now["tile_sha256"]:
         why = "it was damaged" if kept is None else f"pathopipe {kept['versions']['pathopipe']} drew another tile"
@@ -237,6 +241,11 @@ def _compare_vector(
     return Check(
         what="vector of a drawn tile", found=found, expected=f"cosine above {SAME_COSINE:g}", holds=holds
     ), notes
+
+
+def _is_vector_of(other: Path, path: Path) -> bool:
+    """Whether a file holds the vector of the same encoder; names of encoders may begin alike."""
+    return other.stem.rpartition("-")[0] == path.stem.rpartition("-")[0]
 
 
 def _keep(path: Path, now: dict[str, Any]) -> tuple[Check, list[str]]:

@@ -285,9 +285,10 @@ def _load(spec: EncoderSpec, config: EmbedConfig, *, download: bool) -> _Loaded:
         if found is None:
             model = build_network(spec, seed=config.seed)
             return _Loaded(model=model, sha256=hash_parameters(model.network))
+        model = _build_empty(spec)
     else:
+        model = _build_empty(spec)  # first, so that nothing is fetched for what can't be built here
         found = locate_weights(spec, weights=config.weights, weights_dir=config.weights_dir, download=download)
-    model = _build_empty(spec)
     sha256 = load_weights(model.network, spec, found.path)
     return _Loaded(model=model, sha256=sha256, file=found.path.name, source=found.source, revision=found.revision)
 

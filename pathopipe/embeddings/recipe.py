@@ -3,7 +3,7 @@
 import re
 from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["OUTPUTS", "EncoderSpec", "Loader", "Output", "Transform", "Weights"]
 
@@ -39,10 +39,21 @@ class Transform(_Row):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Divided by."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_resize_has_no_size(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("resize") == "none":
+            return {"resize_px": None, **given}
+        return given
+
     @model_validator(mode="after")
-    def _resize_has_a_size(self) -> Self:
+    def _is_possible(self) -> Self:
         if (self.resize == "none") != (self.resize_px is None):
             raise ValueError("resize_px goes with resize: short or exact, and with them only")
+        if self.resize_px is not None and self.crop_px is not None and self.crop_px > self.resize_px:
+            raise ValueError(f"crop_px {self.crop_px} can't be cut from {self.resize_px} px; correct one of them")
+        if not all(0 <= mean <= 1 for mean in self.mean) or not all(std > 0 for std in self.std):
+            raise ValueError("mean and std are of pixels from 0 to 1, and std is above 0; divide those of 0 to 255")
         return self
 
 
@@ -91,7 +102,7 @@ class EncoderSpec(_Row):
     weights: Weights = Weights()
     transform: Transform | None = Transform()
     """None only for ``timm.<architecture>``: timm's own recipe for it holds."""
-    tile_px: int = Field(default=256, ge=16)
+    tile_px: int = Field(default=256, ge=16, le=8192)
     """Side of the tiles the authors cut."""
     mpp: float = Field(default=0.5, ge=0.05, le=50)
     """Micrometres per pixel of those tiles."""
@@ -121,10 +132,22 @@ class EncoderSpec(_Row):
     notes: str = ""
     """What others got wrong, and what is not certain."""
 
+    @field_validator("weights")
+    @classmethod
+    def _renames_are_expressions(cls, weights: Weights) -> Weights:
+        for expression in weights.rename:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"rename '{expression}' is no regular expression ({error})") from None
+        return weights
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"name '{self.name}': use small letters, digits, '.', '_' and '-'")
+        if self.transform is not None and min(self.outputs.values(), default=1) < 1:
+            raise ValueError("outputs: say how many numbers each has, at least 1")
         if self.output not in self.outputs:
             raise ValueError(f"output '{self.output}' is not among outputs ({', '.join(self.outputs)})")
         return self

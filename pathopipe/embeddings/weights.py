@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Final, Literal, NoReturn
 
 import torch
@@ -286,6 +288,12 @@ def load_weights(network: nn.Module, spec: EncoderSpec, path: Path) -> str:
         state = _convert_by_transformers(state, network)
     state = _without_needless(state, network, wanted)
     _check_fit(state, wanted, spec, path)
+    broken = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise EncoderError(
+            f"{path}: {len(broken)} of {len(state)} tensors hold numbers that are not finite ({', '.join(broken[:3])}"
+            f"{', ...' if len(broken) > 3 else ''}); the file is damaged: get it again"
+        )
     on_meta = any(value.is_meta for value in wanted.values())
     if on_meta:
         # Copies: a tensor of a safetensors file is the file itself, which someone may write to.
@@ -331,14 +339,27 @@ def _read_file(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols, before it refuses the file
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise EncoderError(f"{path}: no such weights file; check embed.weights") from None
+        raise EncoderError(f"{path}: no such weights file; check its path") from None
+    except UnpicklingError as error:
+        if "weights only" not in str(error).lower():
+            raise EncoderError(f"{path}: damaged ({_first_line(error)}); get it again") from error
+        raise EncoderError(
+            f"{path}: holds Python objects, which could run code when they are loaded, and is not opened; "
+            "save its state_dict() as .safetensors where you trust it"
+        ) from error
     except Exception as error:  # damaged files fail in a dozen ways, code in a pickle in one more
         raise EncoderError(
-            f"{path}: not a weights file that can be read safely ({type(error).__name__}); "
-            "give .safetensors, or a .pt that holds nothing but tensors"
+            f"{path}: damaged, or no weights file ({type(error).__name__}: {_first_line(error)}); "
+            "get it again, or give .safetensors or a .pt that holds nothing but tensors"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0][:120]
 
 
 def _shards(index: Path) -> list[Path]:

@@ -98,6 +98,8 @@ class SlideOutcome:
     slide_id: str
     status: Literal["done", "failed"]
     reason: str = ""
+    refused: bool = False
+    """It failed because its store holds something else; the store is as sound as before."""
     tissue_mm2: float = 0.0
     tiles: int = 0
     bad_tiles: int = 0

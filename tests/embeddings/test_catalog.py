@@ -351,6 +351,11 @@ def test_a_users_row_joins_the_shipped_ones(tmp_path: Path) -> None:
         find_encoder("mine")
 
 
+def test_no_resize_needs_no_size(tmp_path: Path) -> None:
+    spec = find_encoder("mine", write_rows(tmp_path, mine={**MINE, "transform": {"resize": "none"}}))
+    assert spec.transform is not None and spec.transform.resize_px is None
+
+
 def test_yes_and_no_need_no_quotes(tmp_path: Path) -> None:
     path = write_rows(tmp_path, mine={**MINE, "commercial": True, "gated": False})
     spec = find_encoder("mine", path)
@@ -374,7 +379,17 @@ def test_yes_and_no_need_no_quotes(tmp_path: Path) -> None:
         ("mine", {"loader": "timm"}, "'outputs' is missing; 'output' is missing"),
         ("mine", {**MINE, "arguments": {"init_values": "1e-5"}}, "'1e-5' in arguments is text to YAML"),
         ("mine", {**MINE, "arguments": {"vision_cfg": {"eps": ["1E-6"]}}}, "'1E-6' in arguments is text to YAML"),
-        ("mine", {**MINE, "transform": {"resize": "none"}}, "transform: resize_px goes with resize"),
+        (
+            "mine",
+            {**MINE, "transform": {"resize": "none", "resize_px": 9 * 16}},
+            "transform: resize_px goes with resize",
+        ),
+        ("mine", {**MINE, "transform": {"resize_px": 160, "crop_px": 224}}, "crop_px 224 can't be cut from 160 px"),
+        ("mine", {**MINE, "transform": {"std": [0, 0.2, 0.2]}}, "mean and std are of pixels from 0 to 1"),
+        ("mine", {**MINE, "transform": {"mean": [170, 120, 160]}}, "mean and std are of pixels from 0 to 1"),
+        ("mine", {**MINE, "tile_px": 1_000_000}, "tile_px: input should be less than or equal to 8192"),
+        ("mine", {**MINE, "outputs": {"cls": 0}}, "outputs: say how many numbers each has"),
+        ("mine", {**MINE, "weights": {"rename": {"(": "b"}}}, "is no regular expression"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path: Path, name: str, row: dict[str, Any], said: str) -> None:

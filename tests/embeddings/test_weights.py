@@ -619,7 +619,7 @@ class _Code:
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": _Code()}, tmp_path / name)
-    with pytest.raises(EncoderError, match="not a weights file that can be read safely"):
+    with pytest.raises(EncoderError, match="which could run code"):
         load_weights(network(), VIT, tmp_path / name)
     assert not (tmp_path / "owned").exists()
 
@@ -633,11 +633,19 @@ def test_broken_and_missing_files(tmp_path: Path) -> None:
         with pytest.raises(EncoderError, match=message):
             load_weights(network(), VIT, path)
 
-    refused(tmp_path / "text.pt", "not a weights file", b"hello")
-    refused(tmp_path / "text.safetensors", "not a weights file", b"hello")
-    refused(tmp_path / "empty.safetensors", "not a weights file", b"")
+    refused(tmp_path / "text.pt", "damaged", b"hello")
+    refused(tmp_path / "text.safetensors", "damaged", b"hello")
+    refused(tmp_path / "empty.safetensors", "damaged", b"")
     refused(tmp_path / "absent.pt", "no such weights file")
     refused(tmp_path / "list.pt", "no table of tensors", [1, 2])
     refused(tmp_path / "epoch.pt", "no table of tensors", {"epoch": 1})
     whole = save(network().state_dict(), tmp_path / "whole.safetensors").read_bytes()
-    refused(tmp_path / "cut.safetensors", "not a weights file", whole[: len(whole) // 2])
+    refused(tmp_path / "cut.safetensors", "damaged", whole[: len(whole) // 2])
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    state = network().state_dict()
+    name = next(key for key, value in state.items() if value.is_floating_point())
+    state[name] = torch.full_like(state[name], torch.nan)
+    with pytest.raises(EncoderError, match=rf"1 of {len(state)} tensors hold numbers that are not finite \({name}\)"):
+        load_weights(network(), VIT, save(state, tmp_path / "nan.safetensors"))

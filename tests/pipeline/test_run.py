@@ -430,6 +430,19 @@ def test_a_bug_in_one_slide_is_logged_with_its_traceback(
     assert "in broken" in (tmp_path / "logs" / "s.txt").read_text()
 
 
+def test_a_refused_run_leaves_the_slide_as_sound_as_it_was(
+    drawn_slide: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    cli("run", drawn_slide, "--out", out)
+    summary = (out / "summary.csv").read_bytes()
+    result = cli("run", drawn_slide, "--out", out, "--set", "tiles.min_tissue=0.9")
+    assert result.code == 1
+    assert "was made from other inputs" in result.out
+    assert (out / "summary.csv").read_bytes() == summary
+    assert cli("verify", out).code == 0
+
+
 def test_an_output_that_takes_no_files_ends_the_run(
     drawn_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
