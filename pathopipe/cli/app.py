@@ -18,6 +18,7 @@ from pathopipe.cli import (
     export,
     importing,
     info,
+    metadata,
     mil,
     run,
     segment,
@@ -62,6 +63,7 @@ app.command("doctor", short_help="What this machine has, and what is missing.")(
 app.add_typer(encoders.app, name="encoders")
 app.add_typer(export.app, name="export")
 app.add_typer(importing.app, name="import")
+app.add_typer(metadata.app, name="metadata")
 app.add_typer(mil.app, name="mil")
 app.add_typer(segmenter.app, name="segmenter")
 
