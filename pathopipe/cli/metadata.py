@@ -158,12 +158,14 @@ def predict(
     from pathopipe.cluster import check_writable
     from pathopipe.metadata.predict import load_ensemble, write_csv, write_json_lines
     from pathopipe.metadata.predict import predict as predict_cohort
+    from pathopipe.metadata.review import check_patients
     from pathopipe.mil.fit import choose_device
 
     _log_notes()
     chosen_device = choose_device(device)
     ensemble = load_ensemble(model, device=chosen_device)
     cohort = _cohort_for(ensemble, manifest, features, reports, encoder, grid)
+    check_patients(model, cohort)
     check_writable(out)
     predictions = predict_cohort(model, cohort, device=chosen_device)
     write_csv(out / "predictions.csv", predictions)

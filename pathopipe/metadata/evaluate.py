@@ -32,6 +32,7 @@ __all__ = [
     "TaskFigures",
     "View",
     "evaluate",
+    "evaluation_json",
     "oof_rows",
     "read_oof",
     "unescape",

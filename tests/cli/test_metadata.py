@@ -162,8 +162,9 @@ def test_review_goes_by_what_the_manifest_says_now(cli: Cli, catalogue: Path, tr
 
     rows[7][1] = "someone-else"
     write(tmp_path / "now.csv", rows)
-    done = cli("metadata", "review", *given)
-    assert done.code == 2 and "slide s07: patient someone-else here, patient07 in training" in done.err
+    for command in ("review", "predict"):
+        done = cli("metadata", command, *given)
+        assert done.code == 2 and "slide s07: patient someone-else here, patient07 in training" in done.err
 
     write(tmp_path / "now.csv", [row[:2] for row in rows], HEADER[:2])
     done = cli("metadata", "review", *given)
