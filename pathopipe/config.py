@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,7 +19,13 @@ __all__ = [
     "TilesSection",
     "TissueConfig",
     "load_config",
+    "read_section",
+    "read_yaml",
+    "settle_section",
 ]
+
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -190,7 +196,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises:
         UsageError: The file can't be read, a key is unknown (the nearest is named), or a value is out of range.
     """
-    settings: dict[str, Any] = _read_yaml(path) if path is not None else {}
+    settings: dict[str, Any] = _read_sections(path) if path is not None else {}
     for section in ("mil", "metadata"):  # of those commands, which check them themselves
         settings.pop(section, None)
     for text in overrides:
@@ -202,13 +208,71 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         raise UsageError(where + "; ".join(_explain(e) for e in error.errors())) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_section(path: Path | None, overrides: Sequence[str], section: str, *, example: str) -> dict[str, Any]:
+    """One section of a YAML file, then ``section.key=value`` overrides; the other sections are left to their commands.
+
+    Args:
+        path: The file; none where None.
+        overrides: As they were typed; ``section.key.part=value`` sets a part of a setting.
+        section: Its name.
+        example: An override for the message where one is written otherwise.
+
+    Raises:
+        UsageError: The file can't be read, or an override is of no such form.
+    """
+    found = read_yaml(path) if path is not None else {}
+    settings = found.get(section) if isinstance(found, dict) else found
+    if not isinstance(settings or {}, dict):
+        raise UsageError(f"{path}: a config is a mapping of sections, and '{section}' one of settings")
+    settings = dict(settings or {})
+    for text in overrides:
+        override = _split_override(text)
+        if override is None or override[0] != section:
+            raise UsageError(f"--set {text}: write it as {section}.key=value, for example --set {example}")
+        name, *inner = override[1].split(".", 1)
+        target = settings.setdefault(name, {}) if inner else settings
+        if not isinstance(target, dict):
+            raise UsageError(f"--set {text}: {section}.{name} has no parts")
+        target[inner[0] if inner else name] = override[2]
+    return settings
+
+
+def settle_section(model: type[_Settings], settings: Mapping[str, Any], section: str, path: Path | None) -> _Settings:
+    """The settings of one section, checked.
+
+    Raises:
+        UsageError: A key is unknown (the nearest is named), or a value is out of range.
+    """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        return model.model_validate(settings)
+    except ValidationError as error:
+        where = f"{path}: " if path is not None else ""
+        said = []
+        for one in error.errors():
+            name = ".".join(str(part) for part in one["loc"])
+            if one["type"] == "extra_forbidden":
+                said.append(f"unknown config key '{section}.{name}'; {nearest(name, model.model_fields)}")
+            else:
+                said.append(f"{section}.{name}: {one['msg'].lower()}, got {one['input']!r}")
+        raise UsageError(where + "; ".join(said)) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """What is in a YAML file, read by the safe loader.
+
+    Raises:
+        UsageError: It can't be read, or is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: config can't be read ({error})") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _read_sections(path: Path) -> dict[str, Any]:
+    loaded = read_yaml(path)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -219,15 +283,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _apply_override(settings: dict[str, Any], text: str) -> None:
+def _split_override(text: str) -> tuple[str, str, Any] | None:
+    """Section, key and value of ``section.key=value``; None where it is not written so."""
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
-        raise UsageError(f"--set {text}: write it as section.key=value, for example --set tiles.mpp=0.5")
+        return None
     try:
-        parsed = yaml.safe_load(value)
+        return section, name, yaml.safe_load(value)
     except yaml.YAMLError:
-        parsed = value
+        return section, name, value
+
+
+def _apply_override(settings: dict[str, Any], text: str) -> None:
+    override = _split_override(text)
+    if override is None:
+        raise UsageError(f"--set {text}: write it as section.key=value, for example --set tiles.mpp=0.5")
+    section, name, parsed = override
     target = settings.setdefault(section, {})
     if not isinstance(target, dict):
         raise UsageError(f"--set {text}: '{section}' is not a section")

@@ -1,18 +1,13 @@
 """Settings of ``metadata``: frozen, documented, strict; an unknown key names the nearest known one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from pathopipe.errors import UsageError
-from pathopipe.registry import nearest
+from pathopipe.config import read_section, settle_section
 
 __all__ = ["MetadataConfig", "load_metadata_config"]
-
-_SECTION = "metadata"
 
 
 class MetadataConfig(BaseModel):
@@ -82,38 +77,5 @@ def load_metadata_config(path: Path | None = None, overrides: Sequence[str] = ()
     Raises:
         UsageError: The file can't be read, a key is unknown (the nearest is named), or a value is out of range.
     """
-    settings = _read_section(path) if path is not None else {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot and name) or section != _SECTION:
-            raise UsageError(f"--set {text}: write it as metadata.key=value, for example --set metadata.epochs=80")
-        try:
-            settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            settings[name] = value
-    try:
-        return MetadataConfig.model_validate(settings)
-    except ValidationError as error:
-        where = f"{path}: " if path is not None else ""
-        raise UsageError(where + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _read_section(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: config can't be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    section = (loaded or {}).get(_SECTION) if isinstance(loaded or {}, dict) else None
-    if not isinstance(loaded or {}, dict) or not isinstance(section or {}, dict):
-        raise UsageError(f"{path}: a config is a mapping of sections, and 'metadata' one of settings")
-    return dict(section or {})
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown config key 'metadata.{name}'; {nearest(name, MetadataConfig.model_fields)}"
-    return f"metadata.{name}: {error['msg'].lower()}, got {error['input']!r}"
+    settings = read_section(path, overrides, "metadata", example="metadata.epochs=80")
+    return settle_section(MetadataConfig, settings, "metadata", path)

@@ -1,18 +1,13 @@
 """Settings of ``mil``: frozen, documented, strict; an unknown key names the nearest known one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from pathopipe.errors import UsageError
-from pathopipe.registry import nearest
+from pathopipe.config import read_section, settle_section
 
 __all__ = ["MilConfig", "load_mil_config"]
-
-_SECTION = "mil"
 
 
 class MilConfig(BaseModel):
@@ -94,50 +89,9 @@ def load_mil_config(path: Path | None = None, overrides: Sequence[str] = ()) -> 
     Raises:
         UsageError: The file can't be read, a key is unknown (the nearest is named), or a value is out of range.
     """
-    settings = _read_section(path) if path is not None else {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot and name) or section != _SECTION:
-            raise UsageError(f"--set {text}: write it as mil.key=value, for example --set mil.epochs=80")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parsed = value
-        target, *inner = name.split(".", 1)
-        if inner:
-            column = settings.setdefault(target, {})
-            if not isinstance(column, dict):
-                raise UsageError(f"--set {text}: mil.{target} has no parts")
-            column[inner[0]] = parsed
-        else:
-            settings[target] = parsed
+    settings = read_section(path, overrides, "mil", example="mil.epochs=80")
     for column, order in dict(settings.get("classes") or {}).items():
         if isinstance(order, list):
             # YAML reads 0, 1 and yes as numbers and truth values; classes are texts.
             settings["classes"] = {**settings["classes"], column: [str(name) for name in order]}
-    try:
-        return MilConfig.model_validate(settings)
-    except ValidationError as error:
-        where = f"{path}: " if path is not None else ""
-        raise UsageError(where + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _read_section(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: config can't be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    section = (loaded or {}).get(_SECTION) if isinstance(loaded or {}, dict) else None
-    if not isinstance(loaded or {}, dict) or not isinstance(section or {}, dict):
-        raise UsageError(f"{path}: a config is a mapping of sections, and 'mil' one of settings")
-    return dict(section or {})
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown config key 'mil.{name}'; {nearest(name, MilConfig.model_fields)}"
-    return f"mil.{name}: {error['msg'].lower()}, got {error['input']!r}"
+    return settle_section(MilConfig, settings, "mil", path)

@@ -15,12 +15,12 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 import shapely
 import tifffile
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from scipy import ndimage
 
+from pathopipe.config import read_yaml
 from pathopipe.errors import GeoJSONError, UsageError
 from pathopipe.geojson import read_features
 from pathopipe.registry import nearest
@@ -154,7 +154,7 @@ def evaluate_config(path: Path | None, options: Mapping[str, Any]) -> EvaluateCo
         UsageError: The file can't be read, a key is unknown (the nearest is named), a value is out of range, or
             settings do not go together.
     """
-    settings = {} if path is None else _read_yaml(path)
+    settings = {} if path is None else _read_keys(path)
     given = {name: value for name, value in options.items() if value is not None}
     # A choice on the command line replaces the other one in the file.
     for one, other in (("predicted", "images"), ("images", "predicted")):
@@ -167,13 +167,8 @@ def evaluate_config(path: Path | None, options: Mapping[str, Any]) -> EvaluateCo
         raise UsageError(where + "; ".join(_explain(each) for each in error.errors())) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: config can't be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+def _read_keys(path: Path) -> dict[str, Any]:
+    loaded = read_yaml(path)
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
