@@ -77,7 +77,8 @@ class _TileOptions(_Section):
     on. All are kept when left out."""
     scales_um: tuple[Annotated[float, Field(ge=0.05, le=50)], ...] = ()
     """Further micrometres a pixel at which the place of every tile is cut as well: the same centre, the same side in
-    pixels, hence more or less tissue around it. One that is ``mpp`` itself is passed over."""
+    pixels, hence more or less tissue around it, beyond the slide where need be. One that is ``mpp``
+    itself is passed over."""
 
     @field_validator("scales_um")
     @classmethod

@@ -24,7 +24,6 @@ __all__ = [
     "check_fit",
     "grid_around",
     "grid_name",
-    "grids_around",
     "name_around",
     "name_of_share",
     "plan_grid",
@@ -153,13 +152,6 @@ def check_fit(info: SlideInfo, mpp_l0: tuple[float, float], config: TilesConfig)
             slide_id=info.slide_id,
         )
     return axes
-
-
-def grids_around(
-    grid: TileGrid, info: SlideInfo, mpp_l0: tuple[float, float], tissue: Tissue, config: TilesConfig
-) -> list[TileGrid]:
-    """The same places at every further resolution of the settings: :func:`grid_around` for :func:`scales_around`."""
-    return [grid_around(grid, info, mpp_l0, tissue, config, scale_um) for scale_um in scales_around(config)]
 
 
 def grid_around(

@@ -22,7 +22,7 @@ from pathopipe.slide.openslide import OpenSlideReader
 from pathopipe.store import SlideStore
 from pathopipe.synth import DrawnSlide, SynthSpec
 from pathopipe.tiles.cellularity import select_cellular
-from pathopipe.tiles.grid import check_fit, grid_name, grids_around, plan_grid, scales_around, tiles_settings
+from pathopipe.tiles.grid import check_fit, grid_around, grid_name, plan_grid, scales_around, tiles_settings
 from pathopipe.tiles.read import read_tile, stream_batches
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "slide"))
@@ -30,6 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "slide"))
 from slide_files import picture, write_svs
 
 EVERYWHERE = Tissue(np.ones((1, 1), np.uint8), (8.0, 8.0), (), ())
+
+
+def grids_around(
+    grid: TileGrid, info: SlideInfo, mpp_l0: tuple[float, float], tissue: Tissue, config: TilesConfig
+) -> list[TileGrid]:
+    return [grid_around(grid, info, mpp_l0, tissue, config, scale_um) for scale_um in scales_around(config)]
 
 
 def info_of(width: int, height: int, levels: tuple[tuple[float, tuple[int, ...]], ...] = ((1.0, ()),)) -> SlideInfo:
