@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from pathopipe.pipeline import SlideOutcome
 
-__all__ = ["RunProgress", "WindowProgress", "describe_outcome", "format_table"]
+__all__ = ["RunProgress", "WindowProgress", "describe_outcome", "format_table", "start_bar"]
 
 
 class RunProgress:
@@ -25,7 +25,7 @@ class RunProgress:
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            self._bar = _start_bar("tiles")
+            self._bar = start_bar("tiles")
         return self
 
     def __exit__(
@@ -67,7 +67,7 @@ class WindowProgress:
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            self._bar = _start_bar("windows")
+            self._bar = start_bar("windows")
         return self
 
     def __exit__(
@@ -87,7 +87,8 @@ class WindowProgress:
             print(f"{self._slide_id}: {done} of {total} windows", file=sys.stderr, flush=True)
 
 
-def _start_bar(what: str) -> "Progress":
+def start_bar(what: str) -> "Progress":
+    """A bar on stderr, started."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

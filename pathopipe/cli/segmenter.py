@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from pathopipe.cli.options import Json
+from pathopipe.cli import segmenter_train
+from pathopipe.cli.options import Device, Json
 from pathopipe.cli.progress import format_table
 
 if TYPE_CHECKING:
@@ -57,7 +58,19 @@ class Side(StrEnum):
 class Finder(StrEnum):
     """What finds objects on images."""
 
+    NETWORK = "network"
     CLASSICAL = "classical"
+
+
+class Task(StrEnum):
+    """Which objects."""
+
+    NUCLEI = "nuclei"
+    GLANDS = "glands"
+    LUMINA = "lumina"
+
+
+app.command("train")(segmenter_train.train)
 
 
 @app.callback()
@@ -72,7 +85,14 @@ def evaluate(
     images: Annotated[
         Path | None, typer.Option(help="Instead of --predicted: pictures to find the objects on; needs --mpp.")
     ] = None,
-    model: Annotated[Finder | None, typer.Option(help="What finds them.  [default: classical]")] = None,
+    model: Annotated[
+        Finder | None, typer.Option(help="What finds them. Default: what 'pathopipe segment' uses.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights of a network to score; the shipped ones without.")
+    ] = None,
+    device: Device = None,
+    task: Annotated[Task | None, typer.Option(help="What is to be found on the pictures.  [default: nuclei]")] = None,
     protocol: Annotated[
         Protocol | None, typer.Option(help="Means over images, all objects together, or both.  [default: both]")
     ] = None,
@@ -120,6 +140,7 @@ def evaluate(
       pathopipe segmenter evaluate --truth labels/ --predicted found/
       pathopipe segmenter evaluate --truth labels/ --predicted found/ --mpp 0.25 --group index.csv --group-by stain
       pathopipe segmenter evaluate --truth labels/ --images images/ --model classical --mpp 0.25 --out scores.csv
+      pathopipe segmenter evaluate --truth masks/ --images images/ --weights mine.safetensors --task glands --mpp 0.5
       pathopipe segmenter evaluate --truth true.geojson --predicted found.geojson --size 1024x768 --classes all
       pathopipe segmenter evaluate --truth masks/ --predicted found/ --components truth --glands
       pathopipe segmenter evaluate --config evaluate.yaml --json
@@ -136,6 +157,9 @@ def evaluate(
         "predicted": predicted,
         "images": images,
         "model": model,
+        "weights": weights,
+        "device": device,
+        "task": task,
         "protocol": protocol,
         "mpp": mpp,
         "radius_um": radius_um,
@@ -178,13 +202,14 @@ def _score(
 ) -> tuple[list["ImageScore"], dict[str, str]]:
     """Score image by image; one that fails stops no other, but an only one is an error."""
     from pathopipe.errors import PathopipeError
-    from pathopipe.segmentation.score import score_pair
+    from pathopipe.segmentation.score import open_finder, score_pair
 
+    find = open_finder(settings) if settings.images is not None else None
     scores: list[ImageScore] = []
     failed: dict[str, str] = {}
     for pair in _tell(pairing.pairs):
         try:
-            scores.append(score_pair(pair, settings, group=group_of[pair.name]))
+            scores.append(score_pair(pair, settings, group=group_of[pair.name], find=find))
         except PathopipeError as error:
             if len(pairing.pairs) == 1:
                 raise

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NucleusSize", "part_nuclei", "parting_reach_px"]
+__all__ = ["N_LEVELS", "NucleusSize", "part_landscape", "part_nuclei", "parting_reach_px"]
 
 Plane = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -28,8 +28,8 @@ _SQUARE = np.ones((3, 3), np.uint8)
 _LOW = 48
 """Signal from which a pixel may be nuclear; 128 is the usual nucleus around."""
 _STEP = 8
-_N_LEVELS = 30
-"""The landscape is cut at this many levels, one ``_STEP`` of signal apart; higher ground is level."""
+N_LEVELS = 30
+"""The landscape is cut at this many levels, in that of a signal image one ``_STEP`` apart; higher ground is level."""
 _DEPTH_SIGNAL_PER_UM = 16
 """What a micrometre of distance from the edge counts in the landscape: it parts clumps that are evenly dark."""
 _MAX_DEPTH_UM = 5.0
@@ -39,7 +39,7 @@ _SEED_UM2 = 4.0
 _ROUND_ENOUGH = 0.95
 """Parts of this rating are not looked into."""
 _LONG_BELOW, _LONG_COST = 0.35, 0.15
-_LARGE_UM2, _LARGE_COST = 90.0, 0.15
+_LARGE_COST = 0.15
 _GROW_UM = 4.0
 _PEEL_UM = 2.5
 _OWN_SHARE = 0.42
@@ -62,6 +62,8 @@ class NucleusSize:
     max_um2: float = 400.0
     max_extent_um: float = 25.0
     """Longest side of the upright box around a nucleus' core; its rim may lie up to 4 um beyond."""
+    usual_um2: float = 90.0
+    """The larger an object is than this, the sooner it is taken for several nuclei."""
 
 
 def parting_reach_px(mpp: float, size: NucleusSize) -> int:
@@ -97,6 +99,29 @@ def part_nuclei(signal: Plane, mpp: float, size: NucleusSize) -> NDArray[np.int3
     return _checked(labels, n, signal, mpp, size)
 
 
+def part_landscape(landscape: Plane, nuclear: Plane, mpp: float, size: NucleusSize) -> NDArray[np.int32]:
+    """Find the nuclei of a landscape that rises from their edges to their middles, as networks draw it.
+
+    Args:
+        landscape: (height, width) 0 to 255.
+        nuclear: (height, width) 1 where there are nuclei, 0 elsewhere; small holes are filled.
+        mpp: Micrometres per pixel.
+        size: What counts as a nucleus.
+
+    Returns:
+        (height, width) 0 for background, nuclei 1 to n in the order of their first pixels; local as those of
+        :func:`part_nuclei` are.
+    """
+    nuclear = _fill_holes(nuclear, _HOLE_UM2 / mpp**2)
+    levels = ((landscape.astype(np.uint16) * N_LEVELS) >> 8).astype(np.uint8) + nuclear
+    labels, n = _choose(np.minimum(levels, N_LEVELS) * nuclear, mpp, size)
+    if n == 0:
+        return np.zeros(landscape.shape, np.int32)
+    _grow(labels, nuclear, _px(_GROW_UM, mpp))
+    labels, n = _opened(labels)
+    return _of_size(labels, n, mpp, size)
+
+
 def _px(length_um: float, mpp: float) -> int:
     return max(round(length_um / mpp), 1)
 
@@ -116,7 +141,7 @@ def _fill_holes(mask: Plane, most_px: float) -> Plane:
 
 
 def _levels(signal: Plane, nuclear: Plane, mpp: float) -> Plane:
-    """The landscape: 0 outside, else 1 to ``_N_LEVELS`` by signal and by distance from the edge."""
+    """The landscape: 0 outside, else 1 to ``N_LEVELS`` by signal and by distance from the edge."""
     depth, left = nuclear.copy(), nuclear
     deepest = _px(_MAX_DEPTH_UM, mpp)
     for step in range(deepest - 1):
@@ -131,7 +156,7 @@ def _levels(signal: Plane, nuclear: Plane, mpp: float) -> Plane:
     height = cv2.LUT(smooth, np.rint((byte - _LOW) * 64 / _STEP).astype(np.int16))
     height += cv2.LUT(depth, np.rint(byte * (mpp * _DEPTH_SIGNAL_PER_UM * 64 / _STEP / scale)).astype(np.int16))
     height >>= 6
-    np.clip(height, 0, _N_LEVELS - 1, out=height)
+    np.clip(height, 0, N_LEVELS - 1, out=height)
     height += 1
     levels: Plane = height.astype(np.uint8) * nuclear
     return levels
@@ -162,7 +187,7 @@ def _choose(levels: Plane, mpp: float, size: NucleusSize) -> tuple[Labels, int]:
     x, y = (at - row * levels.shape[1]).astype(np.float64), row.astype(np.float64)
     tiers: list[_Tier] = []
     parts: NDArray[np.int32] | None = None
-    for height in range(1, _N_LEVELS + 1):
+    for height in range(1, N_LEVELS + 1):
         if not len(at):
             break
         n, found = cv2.connectedComponents((levels >= height).view(np.uint8), connectivity=8, ltype=cv2.CV_32S)
@@ -239,7 +264,7 @@ def _rate(shapes: _Shapes, mpp: float, size: NucleusSize) -> Ints:
     """How much each part looks like one nucleus."""
     area_um2 = shapes.area_px * mpp**2
     score = shapes.fit - _LONG_COST * np.maximum(_LONG_BELOW - shapes.axis_ratio, 0)
-    score -= _LARGE_COST * np.maximum(np.log(area_um2 / _LARGE_UM2), 0)
+    score -= _LARGE_COST * np.maximum(np.log(area_um2 / size.usual_um2), 0)
     rating = np.maximum(np.rint(score * _SCORE_STEPS), _UNFIT + 1).astype(np.int64)
     rating[(shapes.extent_px > size.max_extent_um / mpp) | (area_um2 > size.max_um2)] = _UNFIT
     rating[area_um2 < _SEED_UM2] = _SMALL
@@ -334,17 +359,34 @@ def _opened(labels: Labels) -> tuple[Labels, int]:
 
 def _checked(labels: Labels, n: int, signal: Plane, mpp: float, size: NucleusSize) -> NDArray[np.int32]:
     """Keep what is of a nucleus' size, and dark enough for how well it is shaped; 1 to n again."""
-    at = np.flatnonzero(labels > 0)
-    label = labels.ravel()[at].astype(np.int32)
-    y = at // labels.shape[1]
-    shapes = _shapes(label, n + 1, (at - y * labels.shape[1]).astype(np.float64), y.astype(np.float64))
+    at, label, shapes = _at_and_shapes(labels, n)
     area_um2 = shapes.area_px * mpp**2
     mean = np.bincount(label, weights=signal.ravel()[at], minlength=n + 1) / shapes.area_px
     kept = (area_um2 >= size.min_um2) & (area_um2 <= size.max_um2)
     kept &= mean >= _MEAN_SIGNAL + _SHAPE_SIGNAL * (_GOOD_FIT - shapes.fit)
+    return _kept_only(labels.shape, at, label, kept)
+
+
+def _of_size(labels: Labels, n: int, mpp: float, size: NucleusSize) -> NDArray[np.int32]:
+    """Keep what is of a nucleus' size; 1 to n again."""
+    at, label, shapes = _at_and_shapes(labels, n)
+    area_um2 = shapes.area_px * mpp**2
+    return _kept_only(labels.shape, at, label, (area_um2 >= size.min_um2) & (area_um2 <= size.max_um2))
+
+
+def _at_and_shapes(labels: Labels, n: int) -> tuple[Ints, NDArray[np.int32], _Shapes]:
+    at = np.flatnonzero(labels > 0)
+    label = labels.ravel()[at].astype(np.int32)
+    y = at // labels.shape[1]
+    return at, label, _shapes(label, n + 1, (at - y * labels.shape[1]).astype(np.float64), y.astype(np.float64))
+
+
+def _kept_only(
+    shape: tuple[int, ...], at: Ints, label: NDArray[np.int32], kept: NDArray[np.bool_]
+) -> NDArray[np.int32]:
     kept[0] = False
     number = np.cumsum(kept, dtype=np.int32)
     number[~kept] = 0
-    out = np.zeros(labels.shape, np.int32)
+    out = np.zeros(shape, np.int32)
     out.ravel()[at] = number[label]
     return out

@@ -2,35 +2,41 @@
 
 import csv
 import io
-import json
 import math
 import re
 import unicodedata
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 import numpy as np
-import shapely
-import tifffile
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from scipy import ndimage
 
-from pathopipe.config import read_yaml
-from pathopipe.errors import GeoJSONError, UsageError
-from pathopipe.geojson import read_features
+from pathopipe.config import DEFAULT_SEGMENT_MODEL, read_yaml
+from pathopipe.errors import UsageError
 from pathopipe.registry import nearest
+from pathopipe.segmentation.label_files import (
+    GEOJSON_KINDS,
+    LABEL_KINDS,
+    PICTURE_KINDS,
+    LabelImage,
+    Note,
+    counted,
+    draw_features,
+    find_files,
+    first_names,
+    read_label_image,
+    read_rgb,
+    split_name,
+)
 from pathopipe.segmentation.metrics import (
     CUSTOMARY_RADIUS_UM,
     Objects,
     Panoptic,
     Tally,
     TypeCounts,
-    check_labels,
     count_r2,
     overlap,
     panoptic_by_class,
@@ -42,6 +48,7 @@ __all__ = [
     "ClassTally",
     "EvaluateConfig",
     "FilePair",
+    "Finder",
     "ImageScore",
     "LabelImage",
     "Note",
@@ -52,18 +59,13 @@ __all__ = [
     "figures",
     "mean_figures",
     "multi_class_figures",
+    "open_finder",
     "pair_files",
     "read_groups",
     "read_label_image",
     "score_pair",
 ]
 
-_GEOJSON: Final = (".geojson", ".json", ".geojson.gz", ".json.gz")
-_TIFF: Final = (".tif", ".tiff")
-_LABELS: Final = (".png", *_TIFF, ".npy", *_GEOJSON)
-_PICTURES: Final = (".png", *_TIFF, ".jpg", ".jpeg", ".bmp")
-_MOST_PX: Final = 1 << 28
-"""Counting needs some twenty bytes a pixel."""
 _SHOWN: Final = 5
 
 
@@ -83,8 +85,14 @@ class EvaluateConfig(BaseModel):
     """Label image or GeoJSON of the found objects, or a folder of them."""
     images: Path | None = None
     """Instead of ``predicted``: a picture or a folder of them, on which ``model`` finds the objects."""
-    model: Literal["classical"] = "classical"
+    model: Literal["network", "classical"] = DEFAULT_SEGMENT_MODEL
     """What finds the objects on ``images``."""
+    weights: Path | None = None
+    """Weights of the model ``network``; those that are shipped when left out. To name some means ``model: network``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network runs."""
+    task: Literal["nuclei", "glands", "lumina"] = "nuclei"
+    """Which objects the model is to find on ``images``."""
     protocol: Literal["both", "per-image", "pooled"] = "both"
     """Means over images, or all objects of all images together."""
     mpp: float | None = Field(default=None, ge=0.05, le=50)
@@ -124,8 +132,18 @@ class EvaluateConfig(BaseModel):
             _parse_size(value)
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_mean_network(cls, given: Any) -> Any:
+        has_weights = isinstance(given, dict) and given.get("weights") is not None
+        return {"model": "network", **given} if has_weights else given
+
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
+        if self.weights is not None and self.model != "network":
+            raise ValueError("weights are those of the model 'network'; leave weights out, or give model network")
+        if self.images is not None and self.model == "classical" and self.task != "nuclei":
+            raise ValueError(f"the model 'classical' does not find {self.task}, but nuclei alone")
         if (self.predicted is None) == (self.images is None):
             raise ValueError("give either predicted (files of found objects) or images (to find them on)")
         if self.images is not None and self.mpp is None:
@@ -224,9 +242,9 @@ def pair_files(config: EvaluateConfig) -> Pairing:
     """
     other_path = config.predicted if config.predicted is not None else config.images
     assert other_path is not None  # the settings hold one of them
-    kinds = _LABELS if config.predicted is not None else _PICTURES
-    truth = _find_files(config.truth, _LABELS, config.truth_suffix)
-    other = _find_files(other_path, kinds, config.predicted_suffix if config.predicted is not None else "")
+    kinds = LABEL_KINDS if config.predicted is not None else PICTURE_KINDS
+    truth = find_files(config.truth, LABEL_KINDS, config.truth_suffix)
+    other = find_files(other_path, kinds, config.predicted_suffix if config.predicted is not None else "")
     if config.truth.is_file() and other_path.is_file():
         ((name, truth_file),) = truth.items()
         return Pairing(pairs=(FilePair(name=name, truth=truth_file, other=other_path),))
@@ -237,58 +255,14 @@ def pair_files(config: EvaluateConfig) -> Pairing:
     if not pairs:
         raise UsageError(
             f"no file of {config.truth} has the name of one of {other_path} "
-            f"({_names(truth.values())} against {_names(other.values())}); "
+            f"({first_names(truth.values())} against {first_names(other.values())}); "
             "name them alike, or say what their stems end in with --truth-suffix and --predicted-suffix"
         )
     if (truth_only or other_only) and not config.allow_missing:
         sides = [(truth_only, config.truth), (other_only, other_path)]
-        found = "; ".join(f"{len(files)} in {path} ({_names(files)})" for files, path in sides if files)
+        found = "; ".join(f"{len(files)} in {path} ({first_names(files)})" for files, path in sides if files)
         raise UsageError(f"files without a partner: {found}; add the others, or use --allow-missing to pass them over")
     return Pairing(pairs=pairs, truth_only=tuple(truth_only), other_only=tuple(other_only))
-
-
-def _find_files(path: Path, kinds: Sequence[str], suffix: str) -> dict[str, Path]:
-    if path.is_file():
-        stem, kind = _split_name(path, kinds)
-        if kind is None:
-            raise UsageError(
-                f"{path}: {path.suffix or 'no ending'} is none of the kinds that are read here: {_list(kinds)}"
-            )
-        return {stem.removesuffix(suffix): path}
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such file or folder; check the path")
-    found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        stem, kind = _split_name(file, kinds)
-        if kind is None or file.name.startswith(".") or not stem.endswith(suffix) or not file.is_file():
-            continue
-        name = stem.removesuffix(suffix)
-        if name in found:
-            raise UsageError(f"{path}: {found[name].name} and {file.name} are of one image; keep one of them here")
-        found[name] = file
-    if not found:
-        ending = f" whose stem ends in '{suffix}'" if suffix else ""
-        raise UsageError(f"{path}: this folder holds no file{ending} of the kinds that are read here: {_list(kinds)}")
-    return found
-
-
-def _split_name(path: Path, kinds: Sequence[str]) -> tuple[str, str | None]:
-    """Stem and ending of a file, ending None where it is none of the kinds."""
-    name = unicodedata.normalize("NFC", path.name)
-    for kind in sorted(kinds, key=len, reverse=True):
-        if name.lower().endswith(kind):
-            return name[: -len(kind)], kind
-    return path.stem, None
-
-
-def _list(kinds: Iterable[str]) -> str:
-    return ", ".join(kinds)
-
-
-def _names(files: Iterable[Path]) -> str:
-    names = [file.name for file in files]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def read_groups(config: EvaluateConfig, names: Sequence[str]) -> dict[str, str]:
@@ -313,7 +287,7 @@ def read_groups(config: EvaluateConfig, names: Sequence[str]) -> dict[str, str]:
     group_of: dict[str, str] = {}
     for row in rows:
         name, group = unicodedata.normalize("NFC", (row[header[0]] or "").strip()), (row[config.group_by] or "").strip()
-        stem, kind = _split_name(Path(name), (*_LABELS, *_PICTURES))
+        stem, kind = split_name(Path(name), (*LABEL_KINDS, *PICTURE_KINDS))
         key = name if kind is None else stem
         if group_of.setdefault(key, group) != group:
             raise UsageError(f"{config.group}: '{key}' is in two groups, '{group_of[key]}' and '{group}'; keep one row")
@@ -321,219 +295,9 @@ def read_groups(config: EvaluateConfig, names: Sequence[str]) -> dict[str, str]:
     if absent:
         raise UsageError(
             f"{config.group}: column '{header[0]}' lacks {len(absent)} images "
-            f"({_list(absent[:_SHOWN])}); add their rows"
+            f"({', '.join(absent[:_SHOWN])}); add their rows"
         )
     return {name: group_of[name] for name in names}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-Note = tuple[str, str]
-"""A file's name, and what is odd about it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelImage:
-    """Objects as a label image, and what was odd about the file."""
-
-    labels: NDArray[np.integer]
-    """(H, W), 0 on background."""
-    class_of: Mapping[int, str] | None = None
-    """Class by label; labels without a class are not in it. None where the file can't hold classes."""
-    notes: tuple[Note, ...] = ()
-
-
-def read_label_image(path: Path, *, components: bool = False) -> LabelImage:
-    """Read a label image: PNG (8 or 16 bit, palette), TIFF or ``.npy``.
-
-    Args:
-        path: The file.
-        components: It is a mask: number its connected regions, pixels that touch at a corner being connected.
-
-    Raises:
-        UsageError: The file can't be read, is no label image (see :func:`metrics.check_labels`), is too large, or is
-            no mask where it should be.
-    """
-    labels = check_labels(_read_array(path), str(path))
-    _check_size(labels.shape[1], labels.shape[0], path)
-    is_mask = bool(np.isin(labels, (0, labels.max())).all())
-    if components:
-        if not is_mask:
-            n_labels = np.count_nonzero(np.unique(labels))
-            raise UsageError(f"{path}: holds {n_labels} labels, so it is no mask; leave --components out for this side")
-        return LabelImage(labels=_components(labels))
-    if is_mask and int(_components(labels).max()) > 1:
-        what = "one label in several pieces counts as one object; if this is a mask, use --components"
-        return LabelImage(labels=labels, notes=((path.name, what),))
-    return LabelImage(labels=labels)
-
-
-def _components(labels: NDArray[np.integer]) -> NDArray[np.integer]:
-    numbered = np.empty(labels.shape, np.int32)
-    ndimage.label(labels, structure=np.ones((3, 3), int), output=numbered)
-    return numbered
-
-
-def _read_array(path: Path) -> NDArray[Any]:
-    """The pixels of a file, without axes of length one beyond the second."""
-    kind = path.suffix.lower()
-    array: NDArray[Any]
-    try:
-        if kind == ".npy":
-            array = np.load(path, allow_pickle=False)
-        elif kind in _TIFF:
-            array = tifffile.imread(path)
-        else:
-            # Pillow warns of large pictures; the size is checked by whoever asked.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(path) as picture:
-                    array = np.asarray(picture)
-    except Exception as error:  # decoders raise whatever they please on a damaged file
-        raise UsageError(f"{path}: can't be read ({error}); give PNG, TIFF, .npy or GeoJSON") from error
-    return np.squeeze(array) if array.ndim > 2 else array
-
-
-def _read_rgb(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) of a picture."""
-    if path.suffix.lower() in _TIFF:
-        array = _read_array(path)
-    else:
-        try:
-            with Image.open(path) as picture:
-                array = np.asarray(picture.convert("RGB"))
-        except Exception as error:  # as above
-            raise UsageError(f"{path}: can't be read as a picture ({error})") from error
-    if array.ndim != 3 or array.shape[2] not in (3, 4) or array.dtype != np.uint8:
-        raise UsageError(f"{path}: {array.dtype} of shape {array.shape} is no RGB picture of 8 bits")
-    return np.ascontiguousarray(array[..., :3])
-
-
-def _check_size(width_px: int, height_px: int, path: Path) -> None:
-    if width_px * height_px > _MOST_PX:
-        raise UsageError(f"{path}: {width_px} x {height_px} px are too many (at most {_MOST_PX}); cut it into fields")
-
-
-def draw_features(path: Path, width_px: int, height_px: int) -> LabelImage:
-    """Draw the areas of a GeoJSON file as a label image; coordinates are its pixels.
-
-    A pixel belongs to an object when its centre is inside (even-odd rule). Where objects overlap, the pixel stays with
-    the one that comes first in the file; the notes count and name the others. Points, lines and objects of classes that
-    QuPath ignores (a name that ends in ``*``) are passed over and counted. Labels are the numbers of the objects in the
-    file, from 1.
-
-    Raises:
-        GeoJSONError: The file is damaged. A FeatureCollection without features is fine: nothing was found.
-        UsageError: The drawing would be too large.
-    """
-    _check_size(width_px, height_px, path)
-    shapes: list[Any] = []
-    numbers: list[int] = []
-    class_of: dict[int, str] = {}
-    n_other = n_ignored = n_cells = 0
-    for number, found in enumerate(_features(path), 1):
-        if found.geometry.geom_type not in ("Polygon", "MultiPolygon"):
-            n_other += 1
-        elif any(name.endswith("*") for name in found.names):
-            n_ignored += 1
-        else:
-            shapes.append(found.geometry)
-            numbers.append(number)
-            n_cells += found.nucleus_geometry is not None
-            if found.names:
-                class_of[number] = ": ".join(found.names)
-    owner, flat = _inside(shapes, width_px, height_px)
-    number_of = np.asarray(numbers, np.int32)
-    labels = np.zeros(width_px * height_px, np.int32)
-    # Of several values for one place the last one stays, so the first object of the file comes last.
-    labels[flat[::-1]] = number_of[owner[::-1]]
-    notes = []
-    lost = labels[flat] != number_of[owner]
-    if lost.any():
-        losers = np.unique(number_of[owner[lost]]).tolist()
-        notes.append(
-            f"{int(lost.sum())} px of {_count(len(losers), 'object')} ({_numbers(losers)}) are covered by an object "
-            "that comes earlier in the file, and left to it"
-        )
-    absent = np.setdiff1d(number_of, labels[flat]).tolist()
-    if absent:
-        notes.append(
-            f"{_count(len(absent), 'object')} ({_numbers(absent)}) without a pixel: outside the "
-            f"{width_px} x {height_px} px, covered, or too small"
-        )
-    if n_other:
-        notes.append(f"{_count(n_other, 'point or line', 'points and lines')} passed over")
-    if n_ignored:
-        notes.append(f"{_count(n_ignored, 'object')} of ignored classes passed over")
-    if n_cells:
-        notes.append(f"{_count(n_cells, 'cell')} drawn by the outer outline, not by the nucleus")
-    return LabelImage(
-        labels=labels.reshape(height_px, width_px),
-        class_of=class_of,
-        notes=tuple((path.name, note) for note in notes),
-    )
-
-
-def _count(number: int, one: str, more: str | None = None) -> str:
-    return f"{number} {one if number == 1 else more or one + 's'}"
-
-
-def _numbers(values: list[int]) -> str:
-    shown = ", ".join(f"no. {value}" for value in values[:_SHOWN])
-    return shown + (", ..." if len(values) > _SHOWN else "")
-
-
-def _features(path: Path) -> Iterator[Any]:
-    try:
-        yield from read_features(path)
-    except GeoJSONError:
-        if not _is_empty_collection(path):
-            raise
-
-
-def _is_empty_collection(path: Path) -> bool:
-    """To find nothing is a result, so the file that says so is no fault here."""
-    try:
-        with path.open("rb") as file:
-            document = json.loads(file.read(4096))
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and document.get("type") == "FeatureCollection" and document.get("features") == []
-
-
-def _inside(shapes: Sequence[Any], width_px: int, height_px: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pixels whose centre is inside a polygon: which polygon, and the flat index of the pixel; polygon by polygon."""
-    polygons, shape_of_polygon = shapely.get_parts(np.asarray(shapes, object), return_index=True)
-    rings, polygon_of_ring = shapely.get_rings(polygons, return_index=True)
-    xy, ring = shapely.get_coordinates(rings, return_index=True)
-    edges = np.flatnonzero(ring[1:] == ring[:-1])
-    (x_0, y_0), (x_1, y_1) = xy[edges].T, xy[edges + 1].T
-    # An edge crosses the centre line of a row where upper <= row + 0.5 < lower, so a shared vertex counts once.
-    first = np.clip(np.ceil(np.minimum(y_0, y_1) - 0.5), 0, height_px).astype(np.int64)
-    n_rows = np.clip(np.ceil(np.maximum(y_0, y_1) - 0.5), 0, height_px).astype(np.int64) - first
-    edge = np.repeat(np.arange(len(edges)), n_rows)
-    row = _steps(n_rows) + first[edge]
-    with np.errstate(divide="ignore", invalid="ignore"):  # level edges cross nothing
-        slope = (x_1 - x_0) / (y_1 - y_0)
-    x = x_0[edge] + (row + 0.5 - y_0[edge]) * slope[edge]
-    column = np.clip(np.ceil(x - 0.5), 0, width_px).astype(np.int64)
-    shape = shape_of_polygon[polygon_of_ring[ring[edges[edge]]]]
-    # Closed rings cross a line an even number of times: sorted, crossings pair up into the runs inside.
-    order = np.lexsort((column, row, shape))
-    begin, end = order[0::2], order[1::2]
-    length = column[end] - column[begin]
-    flat = np.repeat(row[begin] * width_px + column[begin], length) + _steps(length)
-    return np.repeat(shape[begin], length), flat
-
-
-def _steps(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0, 1, ... for each length, one after the other."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) - np.repeat(ends - lengths, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -566,14 +330,52 @@ class ImageScore:
     notes: tuple[Note, ...] = ()
 
 
-def score_pair(pair: FilePair, config: EvaluateConfig, *, group: str = "") -> ImageScore:
+Finder = Callable[[NDArray[np.uint8], float], LabelImage]
+"""Finds the objects of a picture (height, width, 3) of a number of micrometres per pixel."""
+
+
+def open_finder(config: EvaluateConfig) -> Finder:
+    """What finds the objects on ``config.images``.
+
+    Raises:
+        UsageError: The network's weights can't be used, or it does not find what is asked for.
+    """
+    if config.model == "classical":
+        from pathopipe.segmentation.classical import find_nuclei
+
+        return lambda rgb, mpp: LabelImage(labels=find_nuclei(rgb, mpp))
+    from pathopipe.segmentation.learned import find_objects, open_model  # torch takes seconds
+
+    model = open_model(config.weights, device=config.device, setting="device")
+    layer = next((layer for layer in model.layers if layer.name == config.task), None)
+    if layer is None:
+        found = ", ".join(each.name for each in model.layers)
+        raise UsageError(f"these weights do not find {config.task}, but {found}; use other weights or another task")
+    names = [each.name for each in layer.classes]
+    only = model.only({config.task})
+
+    def find(rgb: NDArray[np.uint8], mpp: float) -> LabelImage:
+        found = find_objects(rgb, mpp, only)[config.task]
+        class_of = {number: names[class_id] for number, class_id in enumerate(found.class_id.tolist(), 1)}
+        return LabelImage(labels=found.labels, class_of=class_of)
+
+    return find
+
+
+def score_pair(pair: FilePair, config: EvaluateConfig, *, group: str = "", find: Finder | None = None) -> ImageScore:
     """Read one pair, or find objects on its picture, and count.
+
+    Args:
+        pair: The files.
+        config: The settings.
+        group: What the image belongs to.
+        find: From :func:`open_finder`, where several pictures share it.
 
     Raises:
         UsageError: A file is no label image, the sizes differ, or a size or classes are missing.
         GeoJSONError: A GeoJSON file is damaged.
     """
-    truth, predicted = _read_pair(pair, config)
+    truth, predicted = _read_pair(pair, config, find)
     if truth.labels.shape != predicted.labels.shape:
         sizes = [f"{side.labels.shape[1]} x {side.labels.shape[0]} px" for side in (truth, predicted)]
         raise UsageError(
@@ -624,17 +426,19 @@ def _classes(objects: Objects, image: LabelImage, path: Path, notes: list[Note])
     names = [(image.class_of or {}).get(number, "") for number in objects.numbers.tolist()]
     n_none = names.count("")
     if n_none:
-        notes.append((path.name, f"{_count(n_none, 'object')} without a class, in no class's figures"))
+        notes.append((path.name, f"{counted(n_none, 'object')} without a class, in no class's figures"))
     return names
 
 
-def _read_pair(pair: FilePair, config: EvaluateConfig) -> tuple[LabelImage, LabelImage]:
-    truth_is_drawn, other_is_drawn = (_split_name(path, _GEOJSON)[1] is not None for path in (pair.truth, pair.other))
+def _read_pair(pair: FilePair, config: EvaluateConfig, find: Finder | None) -> tuple[LabelImage, LabelImage]:
+    truth_is_drawn = split_name(pair.truth, GEOJSON_KINDS)[1] is not None
+    other_is_drawn = split_name(pair.other, GEOJSON_KINDS)[1] is not None
     size = config.size_px
     predicted: LabelImage | None = None
     truth: LabelImage | None = None
     if config.images is not None:
-        predicted = _find_objects(pair.other, config)
+        assert config.mpp is not None  # the settings ask for it
+        predicted = (find or open_finder(config))(read_rgb(pair.other), config.mpp)
     elif not other_is_drawn:
         predicted = read_label_image(pair.other, components=config.components in ("predicted", "both"))
     if not truth_is_drawn:
@@ -645,13 +449,6 @@ def _read_pair(pair: FilePair, config: EvaluateConfig) -> tuple[LabelImage, Labe
     if size is None:
         raise UsageError(f"{pair.name}: both sides are GeoJSON, so their size is not known; give --size WIDTHxHEIGHT")
     return truth or draw_features(pair.truth, *size), predicted or draw_features(pair.other, *size)
-
-
-def _find_objects(path: Path, config: EvaluateConfig) -> LabelImage:
-    from pathopipe.segmentation.classical import find_nuclei
-
-    assert config.mpp is not None  # the settings ask for it
-    return LabelImage(labels=find_nuclei(_read_rgb(path), config.mpp))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,525 @@
+"""Trains a segmentation network on data sets with different labels; goes on after any kill."""
+
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Final, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from pathopipe.config import read_yaml
+from pathopipe.embeddings.precision import cpu_has_bf16
+from pathopipe.errors import PathopipeError, UsageError
+from pathopipe.files import durable_file
+from pathopipe.registry import nearest
+from pathopipe.segmentation.batches import Batch, Pool, iterate_batches
+from pathopipe.segmentation.datasets import DatasetSettings
+from pathopipe.segmentation.examples import Example, read_datasets, split_by_source
+from pathopipe.segmentation.losses import TASK_WEIGHT, losses
+from pathopipe.segmentation.network import (
+    ClassSpec,
+    NetworkSpec,
+    SegmentationNetwork,
+    TaskSpec,
+    load_network,
+    save_network,
+)
+from pathopipe.segmentation.validate import Case, Scores, examine, validate
+
+__all__ = ["NotFiniteLossError", "SegmenterSettings", "TrainSettings", "Trained", "read_settings", "train_segmenter"]
+
+_CHECKPOINT: Final = "checkpoint.pt"
+_LOG: Final = "log.jsonl"
+_WEIGHTS: Final = "weights.safetensors"
+_CASES: Final = 3
+"""Images of each data set that are kept as good cases, and as bad ones."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TrainSettings(_Frozen):
+    """How a network is trained."""
+
+    steps: int = Field(default=3000, ge=1)
+    """Batches that it learns from."""
+    batch_size: int = Field(default=16, ge=1)
+    crop_px: int = Field(default=256, ge=64, multiple_of=64)
+    """Side of a crop at the network's resolution."""
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """The highest; it rises over ``warmup_steps`` and falls along a cosine."""
+    weight_decay: float = Field(default=0.02, ge=0)
+    warmup_steps: int = Field(default=150, ge=0)
+    ema: float = Field(default=0.998, ge=0, lt=1)
+    """The network that is kept is the running mean of the weights; this is how much of it stays at each step."""
+    stain: float = Field(default=1.0, ge=0, le=3)
+    """How far the stain of crops is varied."""
+    holdout: float = Field(default=0.15, ge=0, lt=1)
+    """Share of each data set's sources that is kept back to choose by; 0 keeps the last network."""
+    validate_every: int = Field(default=500, ge=1)
+    patience: int = Field(default=6, ge=1)
+    """Validations without a better one after which training ends."""
+    teach_from: int | None = Field(default=None, ge=1)
+    """From this step on, the running mean tells nuclei where a data set does not: self-training."""
+    teach_weight: float = Field(default=0.5, gt=0, le=2)
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps that a kill can lose."""
+    threads: int = Field(default=1, ge=1, le=64)
+    """Threads that make crops."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """``auto`` is bf16 where the processor or GPU has it."""
+    seed: int = Field(default=0, ge=0)
+    backbone_weights: Path | None = None
+    """State of the backbone to begin with, ``.safetensors`` or ``.pt``: that of a foundation model, for example."""
+    freeze_backbone: bool = False
+    """Leave the backbone as it is, and train decoders alone."""
+
+
+class SegmenterSettings(_Frozen):
+    """What a training configuration holds."""
+
+    name: str = Field(pattern=r"^[a-z0-9._-]+$")
+    """Of the model; it stands in stores and on the model card."""
+    network: NetworkSpec
+    train: TrainSettings = TrainSettings()
+    datasets: tuple[DatasetSettings, ...] = Field(min_length=1)
+
+
+def read_settings(path: Path, overrides: Sequence[str] = ()) -> SegmenterSettings:
+    """Read a training configuration.
+
+    Args:
+        path: A YAML file.
+        overrides: ``key.key=value``, as on a command line.
+
+    Raises:
+        UsageError: The file can't be read, a key is unknown, or a value is out of range.
+    """
+    said = read_yaml(path)
+    if not isinstance(said, dict):
+        raise UsageError(f"{path}: want name, network and datasets as a YAML mapping; see configs/segmenter.yaml")
+    for override in overrides:
+        keys, is_given, text = override.partition("=")
+        if not is_given:
+            raise UsageError(f"--set {override}: want KEY=VALUE, such as train.steps=500")
+        place = said
+        *above, last = keys.split(".")
+        for key in above:
+            inner = place.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"--set {override}: '{key}' is no section")
+            place = inner
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {override}: no YAML value ({' '.join(str(error).split())})") from None
+    try:
+        return SegmenterSettings.model_validate(said)
+    except ValidationError as error:
+        said = [one["loc"] for one in error.errors()]
+        # A list whose entries are wrong counts as too short as well.
+        told = [
+            one
+            for one in error.errors()
+            if one["type"] != "too_short"
+            or not any(len(loc) > len(one["loc"]) and loc[: len(one["loc"])] == one["loc"] for loc in said)
+        ]
+        raise UsageError(f"{path}: " + "; ".join(_explain(one) for one in told)) from None
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    where = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        sections: dict[str, type[BaseModel]] = {"network": NetworkSpec, "train": TrainSettings}
+        section = sections.get(location[0], SegmenterSettings) if len(location) > 1 else SegmenterSettings
+        deeper: dict[int, type[BaseModel]] = {
+            4: TaskSpec,
+            6: ClassSpec,
+        }  # network.tasks.0.key and network.tasks.0.classes.0.key
+        known = deeper.get(len(location), section).model_fields
+        return f"unknown key '{where}'; {nearest(location[-1], known)}"
+    if error["type"] == "missing":
+        return f"{where} is missing; see configs/segmenter.yaml"
+    if error["type"] == "value_error":
+        # What a data set says of itself names it already.
+        return str(error["ctx"]["error"]) if location[0] == "datasets" else f"{where}: {error['ctx']['error']}"
+    return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
+
+
+class NotFiniteLossError(PathopipeError, ArithmeticError):
+    """The loss of a training step is not a finite number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """How a training ended."""
+
+    weights: Path
+    step: int
+    """Step of the network that was kept."""
+    steps: int
+    """Steps that were taken in all."""
+    seconds: float
+    """Of this run alone."""
+    scores: Scores
+    stopped_early: bool
+    images: Mapping[str, tuple[int, int]]
+    """By data set: images learnt from, and kept back."""
+    cases: tuple[Case, ...]
+    """The best and the worst images of each data set that were kept back, the best first."""
+
+
+def train_segmenter(
+    settings: SegmenterSettings,
+    out: Path,
+    *,
+    data: Path = Path(),
+    fresh: bool = False,
+    threads: int | None = None,
+    on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    on_scores: Callable[[int, Scores], None] = lambda step, scores: None,
+) -> Trained:
+    """Train a network and write its weights.
+
+    The same settings give the same batches; a run that was killed goes on from its last checkpoint.
+
+    Args:
+        settings: What to learn from, and how.
+        out: Folder for ``weights.safetensors``, the checkpoint and the log.
+        data: Folder that paths of data sets and of ``backbone_weights`` are relative to.
+        fresh: Forget what is there.
+        threads: Of torch on a CPU; its own choice where None.
+        on_step: Told of each step, how many there are, and its loss.
+        on_scores: Told of each validation.
+
+    Raises:
+        UsageError: Data sets or settings are wrong, or ``out`` holds the training of other settings.
+        NotFiniteLossError: A loss is not finite; the samples of that step are named.
+    """
+    started = time.perf_counter()
+    spec, train = settings.network, settings.train
+    device = _device(train.device)
+    out.mkdir(parents=True, exist_ok=True)
+    state = None if fresh else _read_checkpoint(out, settings)
+    tasks = {task.name: tuple(one.name for one in task.classes) for task in spec.tasks}
+    examples = read_datasets([_placed(dataset, data) for dataset in settings.datasets], tasks)
+    learnt, kept_back = _split(settings, examples)
+    pools = _pools(settings, learnt)
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(train.seed)
+    network = SegmentationNetwork(spec)
+    if train.backbone_weights is not None:
+        network.load_backbone(data / train.backbone_weights)
+    network = _placed_on(network, device)
+    network.encoder.requires_grad_(not train.freeze_backbone)
+    mean = _placed_on(SegmentationNetwork(spec), device)
+    mean.load_state_dict(network.state_dict())
+    mean.eval()
+    optimizer = torch.optim.AdamW(_parameter_groups(network, train.weight_decay), lr=train.learning_rate)
+    progress = _Progress()
+    if state is not None:
+        network.load_state_dict(state["network"])
+        mean.load_state_dict(state["mean"])
+        optimizer.load_state_dict(state["optimizer"])
+        progress = _Progress(**state["progress"])
+    if fresh:
+        # Stopped before its first checkpoint, the new training must not go on from the old one's.
+        (out / _CHECKPOINT).unlink(missing_ok=True)
+    _cut_log(out, progress.step)
+    autocast = _autocast(device, train.precision)
+
+    batches = iterate_batches(
+        pools,
+        spec,
+        first_step=progress.step,
+        last_step=train.steps if not progress.ended else progress.step,
+        batch_size=train.batch_size,
+        crop_px=train.crop_px,
+        seed=train.seed,
+        strength=train.stain,
+        threads=train.threads,
+    )
+    for batch in batches:
+        network.train()
+        if train.freeze_backbone:
+            network.encoder.eval()
+        # Dropout too must not depend on where a run was cut.
+        torch.manual_seed(train.seed * 1_000_003 + batch.step)
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(batch.step, train)
+        loss, parts = _step_loss(network, mean, batch, train, device, autocast)
+        if not math.isfinite(loss.item()):
+            raise NotFiniteLossError(
+                f"step {batch.step}: the loss is not finite ({_listed(parts)}); its samples: {'; '.join(batch.names)}; "
+                "look at these images and labels, or lower train.learning_rate and start with --fresh"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        progress.step = batch.step + 1
+        _move_mean(mean, network, min(train.ema, progress.step / (progress.step + 10)))
+        on_step(progress.step, train.steps, loss.item())
+        is_last = progress.step == train.steps
+        if kept_back and (progress.step % train.validate_every == 0 or is_last):
+            scores = validate(mean, kept_back, device=device, autocast=autocast)
+            on_scores(progress.step, scores)
+            _log(out, {"step": progress.step, "loss": round(loss.item(), 5), "scores": scores.flat()})
+            # Where what is kept back has no score (drawn tissue alone, say), the last network is as good as any.
+            if scores.mean > progress.best or not scores.by_task:
+                progress.best, progress.best_step, progress.worse = scores.mean, progress.step, 0
+                progress.scores = scores.flat()
+                _write(mean, settings, out, progress)
+            else:
+                progress.worse += 1
+                progress.ended = progress.worse >= train.patience
+        elif progress.step % 50 == 0:
+            _log(out, {"step": progress.step, "loss": round(loss.item(), 5), "losses": parts})
+        if progress.step % train.checkpoint_every == 0 or is_last or progress.ended:
+            _write_checkpoint(out, settings, network, mean, optimizer, progress)
+        if progress.ended:
+            break
+    batches.close()  # type: ignore[attr-defined]
+    if not kept_back:
+        progress.best_step = progress.step
+        _write(mean, settings, out, progress)
+    final = _placed_on(load_network(out / _WEIGHTS), device)
+    count = {
+        dataset.name: (
+            sum(one.dataset == dataset.name for one in learnt),
+            sum(one.dataset == dataset.name for one in kept_back),
+        )
+        for dataset in settings.datasets
+    }
+    return Trained(
+        images=count,
+        cases=_telling(examine(final, example, device=device, autocast=autocast) for example in kept_back),
+        weights=out / _WEIGHTS,
+        step=progress.best_step,
+        steps=progress.step,
+        seconds=time.perf_counter() - started,
+        scores=Scores.from_flat(progress.scores),
+        stopped_early=progress.step < train.steps,
+    )
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a checkpoint knows beside weights."""
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    worse: int = 0
+    """Validations since the best."""
+    ended: bool = False
+    scores: dict[str, float] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.scores = self.scores or {}
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device=cuda: torch sees no CUDA device here; use auto or cpu")
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def _placed_on(network: SegmentationNetwork, device: torch.device) -> SegmentationNetwork:
+    placed: SegmentationNetwork = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed
+
+
+def _autocast(device: torch.device, asked: str) -> bool:
+    if asked != "auto":
+        return asked == "bf16"
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+
+
+def _split(settings: SegmenterSettings, examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    shares = {one.name: one.holdout for one in settings.datasets if one.holdout is not None}
+    learnt, kept_back = split_by_source(examples, settings.train.holdout, settings.train.seed, shares=shares)
+    if not learnt:
+        raise UsageError("datasets: every image is held out, so there is nothing to learn from; lower holdout")
+    return learnt, kept_back
+
+
+def _placed(dataset: DatasetSettings, folder: Path) -> DatasetSettings:
+    """The data set with its paths below a folder; absolute ones stay."""
+    changed: dict[str, Any] = {}
+    for name in ("images", "labels", "masks", "tissues", "table"):
+        value = getattr(dataset, name, None)
+        if isinstance(value, Path):
+            changed[name] = folder / value
+        elif isinstance(value, Mapping):
+            changed[name] = {task: folder / path for task, path in value.items()}
+    return dataset.model_copy(update=changed)
+
+
+def _telling(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """The best and the worst of each data set, by the first task that is labelled."""
+    ranked: dict[str, list[tuple[float, Case]]] = {}
+    for case in cases:
+        scores = [case.score(task) for task in ("nuclei", "glands", "lumina")]
+        score = next((one for one in scores if one is not None and math.isfinite(one)), None)
+        if score is None:
+            continue
+        kept = ranked.setdefault(case.dataset, [])
+        kept.append((score, case))
+        kept.sort(key=lambda pair: (-pair[0], pair[1].name))
+        del kept[_CASES:-_CASES]
+    return tuple(case for kept in ranked.values() for _, case in kept)
+
+
+def _pools(settings: SegmenterSettings, examples: Sequence[Example]) -> list[Pool]:
+    pools = []
+    for dataset in settings.datasets:
+        own = [example for example in examples if example.dataset == dataset.name]
+        if own:
+            pools.append(Pool(name=dataset.name, share=dataset.share, zoom=dataset.zoom, examples=own))
+    return pools
+
+
+def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    # Scales and offsets are not drawn to zero.
+    learnt = [value for value in network.parameters() if value.requires_grad]
+    kernels = [value for value in learnt if value.ndim > 1]
+    others = [value for value in learnt if value.ndim <= 1]
+    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _learning_rate(step: int, train: TrainSettings) -> float:
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    share = (step - train.warmup_steps) / max(train.steps - train.warmup_steps, 1)
+    return train.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def _step_loss(
+    network: SegmentationNetwork,
+    mean: SegmentationNetwork,
+    batch: Batch,
+    train: TrainSettings,
+    device: torch.device,
+    autocast: bool,
+) -> tuple[Tensor, dict[str, float]]:
+    rgb = batch.rgb.to(device, non_blocking=True)
+    targets = {name: value.to(device, non_blocking=True) for name, value in batch.targets.items()}
+    is_taught = train.teach_from is not None and batch.step >= train.teach_from and bool(batch.untold.any())
+    if is_taught and "nuclei" in mean.decoders:
+        taught = torch.nonzero(batch.untold).flatten()
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            told = mean(batch.plain[taught].to(device))["nuclei"].float().sigmoid()
+        # Only what the teacher is sure of.
+        sure = ((told[:, 0] > 0.8) | (told[:, 0] < 0.1)) & (batch.inside[taught].to(device) > 0)
+        targets["nuclei"][taught, 0] = (told[:, 0] > 0.5).float()
+        targets["nuclei"][taught, 1] = told[:, 1] * (told[:, 0] > 0.5)
+        targets["nuclei_weight"][taught] = train.teach_weight * sure.float()
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        outputs = network(rgb)
+    found = losses(outputs, targets)
+    if not found:
+        # Nothing is labelled in this batch; weight decay alone moves the network.
+        return torch.stack([value.float().sum() * 0 for value in outputs.values()]).sum(), {}
+    total = torch.stack([TASK_WEIGHT[name] * value for name, value in found.items()]).sum()
+    return total, {name: round(value.item(), 5) for name, value in found.items()}
+
+
+def _move_mean(mean: nn.Module, network: nn.Module, keep: float) -> None:
+    with torch.no_grad():
+        for own, new in zip(mean.state_dict().values(), network.state_dict().values(), strict=True):
+            if own.is_floating_point():
+                own.lerp_(new, 1 - keep)
+            else:
+                own.copy_(new)
+
+
+def _listed(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in parts.items())
+
+
+def _log(out: Path, row: Mapping[str, Any]) -> None:
+    with (out / _LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _cut_log(out: Path, step: int) -> None:
+    """Drop the rows of steps that will be taken again, and one that was cut short."""
+    path = out / _LOG
+    if not path.exists():
+        return
+    whole = [row for row in path.read_text(encoding="utf-8").splitlines(keepends=True) if row.endswith("\n")]
+    kept = [row for row in whole if json.loads(row)["step"] <= step]
+    with durable_file(path) as file:
+        file.write("".join(kept).encode())
+
+
+def _write(network: SegmentationNetwork, settings: SegmenterSettings, out: Path, progress: _Progress) -> None:
+    about = {"name": settings.name, "step": str(progress.best_step), "scores": json.dumps(progress.scores)}
+    save_network(network, out / _WEIGHTS, extra=about)
+
+
+def _digest(settings: SegmenterSettings) -> str:
+    """What decides the weights; where they are computed does not."""
+    said = settings.model_dump(mode="json")
+    for key in ("threads", "device", "checkpoint_every"):
+        del said["train"][key]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _write_checkpoint(
+    out: Path,
+    settings: SegmenterSettings,
+    network: nn.Module,
+    mean: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: _Progress,
+) -> None:
+    state = {
+        "settings": _digest(settings),
+        "network": network.state_dict(),
+        "mean": mean.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": {
+            "step": progress.step,
+            "best": progress.best,
+            "best_step": progress.best_step,
+            "worse": progress.worse,
+            "ended": progress.ended,
+            "scores": progress.scores,
+        },
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with durable_file(out / _CHECKPOINT) as file:
+        file.write(buffer.getbuffer())
+
+
+def _read_checkpoint(out: Path, settings: SegmenterSettings) -> dict[str, Any] | None:
+    path = out / _CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160] or "it is empty"
+        raise UsageError(f"{path}: can't be read ({reason}); start anew with --fresh") from None
+    if not isinstance(state, dict) or state.get("settings") != _digest(settings):
+        raise UsageError(f"{out}: holds a training with other settings; give another --out, or start anew with --fresh")
+    return state
