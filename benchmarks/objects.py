@@ -1,15 +1,19 @@
 """What objects cost beside the model that finds them: post-processing, writing, memory, export.
 
+    python benchmarks/objects.py network [--weights FILE] [--side-px 8000] [--rounds 3] [--device auto]
+    python benchmarks/objects.py regions [--weights FILE] [--side-px 8000] [--region-sizes 512,2048,8192]
     python benchmarks/objects.py stub [--side-px 8000] [--rounds 3]
-    python benchmarks/objects.py slides [--sizes 6000,20000,60000] [--folder DIR]
+    python benchmarks/objects.py slides [--weights FILE] [--sizes 6000,20000,60000] [--folder DIR]
     python benchmarks/objects.py merge [--counts 10000,100000,1000000]
     python benchmarks/objects.py export [--counts 200000,1000000]
 
-``stub``: a small network (its weights are random, its output is thrown away; the classical maps take its place) sees
-the windows of a drawn slide held in memory; then a slide goes through reading, the same network, instances,
-measurements, parts and merging. ``slides``: ``pathopipe segment`` in a process of its own, on slides that repeat one
-drawn block; the peak is what the system counted. ``merge``: what regions found, made up, into one layer. ``export``:
-layers of made-up nuclei of 24 vertices to GeoJSON.
+``network``: the network of ``--weights`` (else the shipped one) sees the windows of a drawn slide held in memory, and
+nothing else is done; then the slide goes through reading, the same network, blending, instances, measurements, parts
+and merging. ``regions``: the same slide with regions of several sizes; how many objects have no equal (IoU above 0.99)
+among those of the largest. ``stub``: as ``network``, with a small network whose weights are random and whose output is
+thrown away; the classical maps take its place. ``slides``: ``pathopipe segment``, classical or with ``--weights``, in a
+process of its own, on slides that repeat one drawn block; the peak is what the system counted. ``merge``: what regions
+found, made up, into one layer. ``export``: layers of made-up nuclei of 24 vertices to GeoJSON.
 """
 
 import argparse
@@ -26,22 +30,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from pathopipe.config import TissueConfig
 from pathopipe.geojson import stable_ids
-from pathopipe.geometry import Outlines
+from pathopipe.geometry import Outlines, outlines_to_shapes
 from pathopipe.records import ObjectClass, ObjectTable, Tissue
 from pathopipe.segmentation.classical import ClassicalNuclei
 from pathopipe.segmentation.merge import merge_layers
+from pathopipe.segmentation.model import Model
 from pathopipe.segmentation.morphology import MEASUREMENT_NAMES
-from pathopipe.segmentation.segment import Plan, segment_regions
+from pathopipe.segmentation.segment import Plan, SegmentReport, segment_regions
 from pathopipe.slide.array import ArraySlide
+from pathopipe.slide.base import Slide
 from pathopipe.slide.open import open_slide
 from pathopipe.slide.resolution import require_mpp
 from pathopipe.store import SlideStore, store_path
 from pathopipe.synth import SynthSpec, write_slide
-from pathopipe.tiles.grid import plan_windows
+from pathopipe.tiles.grid import Windows, plan_windows
 from pathopipe.tiles.read import read_tile
 from pathopipe.tissue import find_tissue
 
@@ -100,27 +107,8 @@ def stub(side_px: int, rounds: int) -> None:
     cores = len(os.sched_getaffinity(0))
     model = make_stub(cores)
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "drawn.tiff"
-        write_slide(path, SynthSpec(width_px=side_px, height_px=side_px, mpp=0.25, seed=5))
-        slide = open_slide(path)
-        tissue = find_tissue(slide, TissueConfig())
-        windows = plan_windows(
-            slide.info,
-            require_mpp(slide.info),
-            tissue,
-            mpp=model.mpp,
-            core_px=model.core_px,
-            margin_px=model.margin_px,
-            allow_enlarge=False,
-        )
-        plan = Plan(
-            model=model,
-            layers=model.layers,
-            windows=windows,
-            tissue=tissue,
-            dims_l0=slide.info.dims_l0,
-            region_px=-(-2048 // model.core_px) * model.core_px,
-        )
+        slide = open_slide(drawn(Path(temporary), side_px))
+        plan, windows = plan_of(slide, model, 2048)
         pixels = np.stack([read_tile(slide, windows.grid, row) for row in range(len(windows.grid))])
         print(f"{len(pixels)} windows of {windows.grid.side_px} px, {cores} cores")
         header = ("round", "network s", "whole s", "whole/network", "objects s", "merge s", "nuclei")
@@ -130,20 +118,118 @@ def stub(side_px: int, rounds: int) -> None:
             for first in range(0, len(pixels), model.batch_size):
                 model.maps(pixels[first : first + model.batch_size])
             bare = time.perf_counter() - started
-            store = SlideStore.create_or_open(Path(temporary) / f"{number}.zarr", slide.info, created_by="benchmark")
-            store.begin_objects("nuclei", {}, regions="")
             started = time.perf_counter()
-            report = segment_regions(slide, store, plan, threads=cores)
-            merging = time.perf_counter()
-            merge_layers(store, plan, {"nuclei": {}}, {})
-            ended = time.perf_counter()
-            whole, n = ended - started, len(store.objects("nuclei"))
+            store, report, merge_s = whole_road(slide, Path(temporary) / f"{number}.zarr", plan, cores)
+            whole, n = time.perf_counter() - started, len(store.objects("nuclei"))
             row = (number + 1, f"{bare:.1f}", f"{whole:.1f}", f"{whole / bare:.2f}", f"{report.post_s:.1f}")
-            row = (*row, f"{ended - merging:.1f}", n)
+            row = (*row, f"{merge_s:.1f}", n)
             print("".join(f"{value:>15}" for value in row), flush=True)
 
 
-def slides(folder: Path, sizes: list[int]) -> None:
+def drawn(folder: Path, side_px: int) -> Path:
+    """A drawn slide at 0.25 um/px."""
+    path = folder / f"drawn-{side_px}.tiff"
+    if not path.exists():
+        write_slide(path, SynthSpec(width_px=side_px, height_px=side_px, mpp=0.25, seed=5))
+    return path
+
+
+def network(folder: Path, side_px: int, rounds: int, weights: Path | None, device: Any) -> None:
+    """The bare network, and ``segment`` with it."""
+    from pathopipe.segmentation.learned import open_model
+
+    cores = len(os.sched_getaffinity(0))
+    model = open_model(weights, device=device, threads=cores)
+    slide = open_slide(drawn(folder, side_px))
+    plan, windows = plan_of(slide, model, 2048)
+    pixels = np.stack([read_tile(slide, windows.grid, row) for row in range(len(windows.grid))])
+    core_mpx = len(pixels) * model.core_px**2 / 1e6
+    print(
+        f"{len(pixels)} windows of {windows.grid.side_px} px, {core_mpx:.0f} Mpx without margins; {model.device.type}, "
+        f"{model.precision}, {cores} cores; weights {model.identity['weights_sha256'][:12]}"
+    )
+    header = ("round", "network s", "whole s", "whole/network", "blend, objects s", "merge s", "objects", "peak MB")
+    print("".join(f"{name:>18}" for name in header))
+    model.maps(pixels[:1])  # the first call plans its convolutions
+    for number in range(rounds):
+        started = time.perf_counter()
+        for first in range(0, len(pixels), model.batch_size):
+            model.maps(pixels[first : first + model.batch_size])
+        bare = time.perf_counter() - started
+        started = time.perf_counter()
+        store, report, merge_s = whole_road(slide, folder / f"{number}.zarr", plan, cores)
+        whole = time.perf_counter() - started
+        n = "+".join(str(len(store.objects(layer.name))) for layer in plan.layers)
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        row = (number + 1, f"{bare:.1f}", f"{whole:.1f}", f"{whole / bare:.2f}", f"{report.post_s:.1f}")
+        row = (*row, f"{merge_s:.1f}", n, f"{peak_mb:.0f}")
+        print("".join(f"{value:>18}" for value in row), flush=True)
+
+
+def regions(folder: Path, side_px: int, sizes: list[int], weights: Path | None, device: Any) -> None:
+    """Whether the size of regions changes objects."""
+    from pathopipe.segmentation.learned import open_model
+
+    cores = len(os.sched_getaffinity(0))
+    model = open_model(weights, device=device, threads=cores)
+    slide = open_slide(drawn(folder, side_px))
+    found: dict[str, NDArray[np.object_]] = {}
+    print("".join(f"{name:>15}" for name in ("region px", "layer", "objects", "not the same", "share %")))
+    for region_px in sorted(sizes, reverse=True):
+        plan, _ = plan_of(slide, model, region_px)
+        store, _, _ = whole_road(slide, folder / f"regions-{region_px}.zarr", plan, cores)
+        for layer in plan.layers:
+            shapes = outlines_to_shapes(store.objects(layer.name).read().outlines)
+            largest = found.setdefault(layer.name, shapes)
+            n_other = len(shapes) - same_objects(shapes, largest) + len(largest) - same_objects(largest, shapes)
+            share = 100 * n_other / max(len(shapes) + len(largest), 1)
+            row = (plan.region_px, layer.name, len(shapes), n_other, f"{share:.3f}")
+            print("".join(f"{value:>15}" for value in row), flush=True)
+
+
+def same_objects(shapes: NDArray[np.object_], others: NDArray[np.object_]) -> int:
+    """How many of some shapes have a partner with an IoU above 0.99."""
+    one, other = shapely.STRtree(others).query(shapes, predicate="intersects")
+    shared = shapely.area(shapely.intersection(shapes[one], others[other]))
+    iou = shared / (shapely.area(shapes[one]) + shapely.area(others[other]) - shared)
+    return len(np.unique(one[iou > 0.99]))
+
+
+def plan_of(slide: Slide, model: Model, region_px: int) -> tuple[Plan, Windows]:
+    """All layers of a model on the tissue of a slide."""
+    tissue = find_tissue(slide, TissueConfig())
+    windows = plan_windows(
+        slide.info,
+        require_mpp(slide.info),
+        tissue,
+        mpp=model.mpp,
+        core_px=model.core_px,
+        margin_px=model.margin_px,
+        allow_enlarge=False,
+    )
+    plan = Plan(
+        model=model,
+        layers=model.layers,
+        windows=windows,
+        tissue=tissue,
+        dims_l0=slide.info.dims_l0,
+        region_px=-(-region_px // model.core_px) * model.core_px,
+    )
+    return plan, windows
+
+
+def whole_road(slide: Slide, path: Path, plan: Plan, cores: int) -> tuple[SlideStore, SegmentReport, float]:
+    """From the slide to merged layers; the seconds are those of merging."""
+    store = SlideStore.create_or_open(path, slide.info, created_by="benchmark")
+    for name in plan.names:
+        store.begin_objects(name, {}, regions="")
+    report = segment_regions(slide, store, plan, threads=cores)
+    merging = time.perf_counter()
+    merge_layers(store, plan, {name: {} for name in plan.names}, {})
+    return store, report, time.perf_counter() - merging
+
+
+def slides(folder: Path, sizes: list[int], weights: Path | None) -> None:
     """``pathopipe segment`` on growing slides."""
     header = ("side px", "nuclei", "seconds", "CPU ms/nucleus", "peak MB", "GeoJSON s", "its peak MB")
     print("".join(f"{name:>15}" for name in header))
@@ -152,7 +238,8 @@ def slides(folder: Path, sizes: list[int]) -> None:
         if not slide.exists():
             write_slide(slide, SynthSpec(width_px=side_px, height_px=side_px, mpp=0.25, seed=5, repeat_px=4096))
         out = folder / f"objects-{side_px}"
-        seconds, cpu_s, peak_mb = run("segment", slide, "--out", out, "--no-geojson", "--fresh")
+        model = ("--weights", weights) if weights is not None else ("--model", "classical")
+        seconds, cpu_s, peak_mb = run("segment", slide, "--out", out, "--no-geojson", "--fresh", *model)
         export_s, _, export_mb = run("export", "geojson", out, "--out", out / "qupath", "--layer", "nuclei")
         n = len(SlideStore.open(store_path(out, slide.stem)).objects("nuclei"))
         row = (side_px, n, f"{seconds:.1f}", f"{cpu_s / n * 1e3:.3f}", f"{peak_mb:.0f}", f"{export_s:.1f}")
@@ -261,22 +348,30 @@ def run(*arguments: object) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Run one of the four."""
+    """Run one of the six."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("stub", "slides", "merge", "export"))
+    parser.add_argument("what", choices=("network", "regions", "stub", "slides", "merge", "export"))
     parser.add_argument("--side-px", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default="6000,20000,60000")
+    parser.add_argument("--weights", type=Path, help="the shipped ones when left out; of slides: classical")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--region-sizes", default="512,2048,8192")
     parser.add_argument("--counts", help="nuclei of merge and export")
     parser.add_argument("--folder", type=Path, help="where slides and results go; a temporary folder when left out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        if arguments.what == "stub":
+        if arguments.what == "network":
+            network(folder, arguments.side_px, arguments.rounds, arguments.weights, arguments.device)
+        elif arguments.what == "regions":
+            sizes = [int(size) for size in arguments.region_sizes.split(",")]
+            regions(folder, arguments.side_px, sizes, arguments.weights, arguments.device)
+        elif arguments.what == "stub":
             stub(arguments.side_px, arguments.rounds)
         elif arguments.what == "slides":
-            slides(folder, [int(size) for size in arguments.sizes.split(",")])
+            slides(folder, [int(size) for size in arguments.sizes.split(",")], arguments.weights)
         elif arguments.what == "merge":
             merge(folder, [int(count) for count in (arguments.counts or "10000,100000,1000000").split(",")])
         else:

@@ -1,26 +1,35 @@
-"""How well the classical finder segments nuclei, and what it costs: real images by stain, drawn slides, counts.
+"""How well objects are found, network beside classical finder: real images by stain, drawn slides, counts, costs.
 
-python benchmarks/segmentation.py [--data ../shared/data] [--mpp 0.5] [--overlays FOLDER]
+python benchmarks/segmentation.py [--data ../shared/data] [--weights FILE] [--kept-back] [--overlays FOLDER]
 
 dsb2018 does not state its resolution; what is assumed stands in the table. Counts are set beside those that QuPath gave
 on the same images (see the README of the data). PQ, F1 and Dice are pooled over a group's images; AJI is the mean of
-its images. Time is that of one thread, on a region of drawn tissue.
+its images. ``--kept-back`` scores only images that the recipe of the shipped network (configs/segmenter.yaml) does not
+learn from; glands and tissue types are scored on those in any case. Time is that of one thread, on a region of drawn
+tissue.
 """
 
 import argparse
 import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 
 from pathopipe.geometry import Region
 from pathopipe.segmentation.classical import ClassicalNuclei, find_nuclei
+from pathopipe.segmentation.examples import Example, read_datasets, split_by_source
+from pathopipe.segmentation.learned import LearnedModel, find_objects, open_model
 from pathopipe.segmentation.metrics import aji, overlap, panoptic, pixels
+from pathopipe.segmentation.network import default_weights, load_network
+from pathopipe.segmentation.train import read_settings
+from pathopipe.segmentation.validate import examine
 from pathopipe.slide.open import open_slide
 from pathopipe.synth import DrawnSlide, SynthSpec
 
@@ -35,6 +44,9 @@ DRAWN = {
 }
 SEEDS = (1, 2, 3)
 DRAWN_SIDE_PX = 1024
+RECIPE = Path(__file__).parents[1] / "configs" / "segmenter.yaml"
+Finder = Callable[[NDArray[np.uint8], float, str], NDArray[np.int32]]
+"""Labels of nuclei from pixels, um/px and the group of the image."""
 COUNTS = {
     "ome-tiff/OS-1-detail.ome.tif": "319 (watershed), 331 (StarDist)",
     "ome-tiff/OS-2-ndpi-ki67.ome.tif": "1323 (threshold 0.2), 1066 (0.4)",
@@ -98,38 +110,108 @@ def outlined(rgb: NDArray[np.uint8], labels: NDArray[np.int32], colour: tuple[in
     return picture
 
 
-def score(images: list[Image], model: ClassicalNuclei, overlays: Path | None) -> None:
-    tallies = [(overlap(image.truth, find_nuclei(image.rgb, image.mpp, model)), image) for image in images]
-    found = sum((panoptic(pairs) for pairs, _ in tallies[1:]), panoptic(tallies[0][0]))
-    area = sum((pixels(pairs) for pairs, _ in tallies[1:]), pixels(tallies[0][0]))
-    mean_aji = np.nanmean([aji(pairs).jaccard for pairs, _ in tallies])
+def score(images: list[Image], name: str, find: Finder, overlays: Path | None) -> None:
+    found_on = [(find(image.rgb, image.mpp, image.group), image) for image in images]
+    tallies = [overlap(image.truth, labels) for labels, image in found_on]
+    found = sum((panoptic(pairs) for pairs in tallies[1:]), panoptic(tallies[0]))
+    area = sum((pixels(pairs) for pairs in tallies[1:]), pixels(tallies[0]))
+    mean_aji = np.nanmean([aji(pairs).jaccard for pairs in tallies])
     first = images[0]
     print(
-        f"| {first.group} | {len(images)} | {first.mpp} | {found.tp + found.fn} | {found.tp + found.fp} "
+        f"| {first.group} | {name} | {len(images)} | {first.mpp} | {found.tp + found.fn} | {found.tp + found.fp} "
         f"| {found.pq:.3f} | {found.sq:.3f} | {found.f1:.3f} | {mean_aji:.3f} | {area.dice:.3f} |",
         flush=True,
     )
     if overlays is not None:
-        for _, image in tallies:
-            labels = find_nuclei(image.rgb, image.mpp, model)
+        for labels, image in found_on:
             pair = [outlined(image.rgb, image.truth, (0, 200, 0)), outlined(image.rgb, labels, (255, 230, 0))]
-            path = overlays / f"{image.group.replace(', ', '-')}-{image.name}.png"
+            path = overlays / f"{name}-{image.group.replace(', ', '-')}-{image.name}.png"
             cv2.imwrite(str(path), np.hstack(pair)[..., ::-1])
 
 
-def count(slides: Path, model: ClassicalNuclei, overlays: Path | None) -> None:
-    print("\n| image | found | QuPath |\n| --- | --- | --- |")
+def count(slides: Path, finders: dict[str, Finder], overlays: Path | None) -> None:
+    print("\n| image | " + " | ".join(finders) + " | QuPath |\n| --- " + "| --- " * (len(finders) + 1) + "|")
     for name, by_qupath in COUNTS.items():
         if not (slides / name).exists():
-            print(f"| {name} | not there | {by_qupath} |")
+            print(f"| {name} | not there |")
             continue
         slide = open_slide(slides / name)
         width, height = slide.info.dims_l0
         rgb = slide.read(Region(0, 0, 0, width, height))
-        labels = find_nuclei(rgb, slide.info.mpp[0], model)
-        print(f"| {name} | {labels.max()} | {by_qupath} |", flush=True)
+        found = {one: find(rgb, slide.info.mpp[0], "") for one, find in finders.items()}
+        print(
+            f"| {name} | " + " | ".join(str(labels.max()) for labels in found.values()) + f" | {by_qupath} |",
+            flush=True,
+        )
         if overlays is not None:
-            cv2.imwrite(str(overlays / f"{Path(name).name}.png"), outlined(rgb, labels, (255, 230, 0))[..., ::-1])
+            for one, labels in found.items():
+                picture = outlined(rgb, labels, (255, 230, 0))[..., ::-1]
+                cv2.imwrite(str(overlays / f"{one}-{Path(name).name}.png"), picture)
+
+
+def kept_back(data: Path) -> list[Example]:
+    """Images of people's labels that the recipe does not learn from."""
+    settings = read_settings(RECIPE)
+    datasets = [
+        dataset.model_copy(
+            update={
+                key: {task: data / path for task, path in value.items()} if isinstance(value, dict) else data / value
+                for key in ("images", "labels", "table")
+                if (value := getattr(dataset, key, None)) is not None
+            }
+        )
+        for dataset in settings.datasets
+        if dataset.kind != "drawn"
+    ]
+    tasks = {task.name: tuple(one.name for one in task.classes) for task in settings.network.tasks}
+    del tasks["lumina"]  # of drawn fields alone
+    examples = read_datasets(datasets, tasks)
+    shares = {one.name: one.holdout for one in datasets if one.holdout is not None}
+    return split_by_source(examples, settings.train.holdout, settings.train.seed, shares=shares)[1]
+
+
+def score_glands(examples: list[Example], model: LearnedModel) -> None:
+    """Dice on images of people's masks, at the resolution that the recipe assumes and at others."""
+    own = [example for example in examples if "glands" in example.labels]
+    print("\n| glands, kept back | images | patients | as if um/px | Dice | mean of images |\n" + "| --- " * 6 + "|")
+    for factor in (0.5, 0.75, 1.0, 1.3):
+        both = each = 0
+        of_image = []
+        for example in own:
+            found = find_objects(example.rgb, example.mpp * factor, model)["glands"].labels > 0
+            truth = example.labels["glands"] > 0
+            both += 2 * np.count_nonzero(found & truth)
+            each += np.count_nonzero(found) + np.count_nonzero(truth)
+            of_image.append(2 * np.count_nonzero(found & truth) / (np.count_nonzero(found) + np.count_nonzero(truth)))
+        n_sources = len({example.source for example in own})
+        print(
+            f"| {own[0].dataset} | {len(own)} | {n_sources} | {own[0].mpp * factor:.2f} "
+            f"| {both / each:.3f} | {np.mean(of_image):.3f} |",
+            flush=True,
+        )
+
+
+def score_tissue(examples: list[Example], model: LearnedModel, network: torch.nn.Module) -> None:
+    """Macro AUROC of tissue types, one against the rest; a patient's images of one label count once."""
+    names = [one.name for one in model.spec.task("tissue_types").classes]
+    print("\n| tissue types, kept back | images | patients | classes | macro AUROC by patient |\n" + "| --- " * 5 + "|")
+    for dataset in dict.fromkeys(example.dataset for example in examples if example.tissue_types):
+        own = [one for one in examples if one.dataset == dataset and one.tissue_types]
+        grouped: dict[tuple[str, frozenset[int]], list[NDArray[np.float32]]] = {}
+        for example in own:
+            case = examine(network, example, device=torch.device("cpu"), autocast=model.precision != "fp32")
+            grouped.setdefault((example.source, example.tissue_types), []).append(case.tissue_types)
+        share = np.array([np.mean(each, axis=0) for each in grouped.values()])
+        labels = [allowed for _, allowed in grouped]
+        areas = []
+        for allowed in sorted(set(labels), key=sorted):
+            is_one = np.array([label == allowed for label in labels])
+            if is_one.any() and not is_one.all():
+                areas.append(roc_auc_score(is_one, share[:, sorted(allowed)].sum(axis=1)))
+        told = ", ".join("/".join(names[at] for at in sorted(allowed)) for allowed in sorted(set(labels), key=sorted))
+        n_sources = len({example.source for example in own})
+        value = f"{np.mean(areas):.3f}" if areas else "one class"
+        print(f"| {dataset} | {len(own)} | {n_sources} | {told} | {value} |", flush=True)
 
 
 def clock(model: ClassicalNuclei, rounds: int = 5) -> None:
@@ -161,20 +243,38 @@ def clock(model: ClassicalNuclei, rounds: int = 5) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    parser.add_argument("--mpp", type=float, default=0.5, help="micrometres per working pixel")
+    parser.add_argument("--weights", type=Path, help="of another network than the shipped one")
+    parser.add_argument("--kept-back", action="store_true", help="leave out images that the recipe learns from")
     parser.add_argument("--overlays", type=Path, help="write a picture of truth and result of each image here")
     args = parser.parse_args()
     if args.overlays is not None:
         args.overlays.mkdir(parents=True, exist_ok=True)
+    model = open_model(args.weights)
+    nuclei_only = model.only(["nuclei"])
 
-    print("| group | images | um/px | true | found | PQ | SQ | F1 | AJI | Dice |\n" + "| --- " * 10 + "|")
-    nuclei = args.data / "nuclei"
-    images = [*(real_images(nuclei) if nuclei.is_dir() else ()), *drawn_images()]
+    def classical(rgb: NDArray[np.uint8], mpp: float, group: str) -> NDArray[np.int32]:
+        return find_nuclei(rgb, mpp, ClassicalNuclei(dark_field=group == "drawn, dark field"))
+
+    def network(rgb: NDArray[np.uint8], mpp: float, group: str) -> NDArray[np.int32]:
+        return find_objects(rgb, mpp, nuclei_only)["nuclei"].labels
+
+    finders: dict[str, Finder] = {"classical": classical, "network": network}
+    is_there = (args.data / "nuclei").is_dir()
+    examples = kept_back(args.data) if is_there else []
+    untold = {example.name for example in examples}
+    images = list(drawn_images())
+    if is_there:
+        images = [one for one in real_images(args.data / "nuclei") if not args.kept_back or one.name in untold] + images
+    print("| group | finder | images | um/px | true | found | PQ | SQ | F1 | AJI | Dice |\n" + "| --- " * 11 + "|")
     for group in dict.fromkeys(image.group for image in images):
-        model = ClassicalNuclei(mpp=args.mpp, dark_field=group == "drawn, dark field")
-        score([image for image in images if image.group == group], model, args.overlays)
-    count(args.data / "slides", ClassicalNuclei(mpp=args.mpp), args.overlays)
-    clock(ClassicalNuclei(mpp=args.mpp))
+        for name, find in finders.items():
+            if name == "classical" or group != "drawn, dark field":  # the network knows stained tissue alone
+                score([image for image in images if image.group == group], name, find, args.overlays)
+    count(args.data / "slides", finders, args.overlays)
+    if is_there:
+        score_glands(examples, model)
+        score_tissue(examples, model, load_network(args.weights or default_weights()))
+    clock(ClassicalNuclei())
 
 
 if __name__ == "__main__":

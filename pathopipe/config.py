@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -11,6 +11,7 @@ from pathopipe.errors import UsageError
 from pathopipe.registry import nearest
 
 __all__ = [
+    "DEFAULT_SEGMENT_MODEL",
     "Config",
     "EmbedConfig",
     "SegmentConfig",
@@ -26,6 +27,9 @@ __all__ = [
 
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
+
+DEFAULT_SEGMENT_MODEL: Final = "network"
+"""What finds objects where nobody says."""
 
 
 class _Section(BaseModel):
@@ -166,10 +170,22 @@ class EmbedConfig(_Section):
 class SegmentConfig(_Section):
     """How objects are found."""
 
-    model: Literal["classical"] = "classical"
-    """``classical``: nuclei by stain, local threshold and parting of touching ones; no weights."""
-    tasks: tuple[str, ...] = Field(default=("nuclei",), min_length=1)
-    """Layers to find: ``nuclei``, and ``cells`` grown from them."""
+    model: Literal["network", "classical"] = DEFAULT_SEGMENT_MODEL
+    """``network``: nuclei, glands, lumina and tissue types by a trained network, for H&E. ``classical``: nuclei by
+    stain, local threshold and parting of touching ones; no weights, and fluorescence too."""
+    weights: Path | None = None
+    """Weights of ``network``, written by ``pathopipe segmenter train``; those that are shipped when left out. To name
+    some means ``model: network``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the network runs."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network: ``auto`` is bf16 where the CPU or GPU has it (autocast), else fp32 on a CPU and fp16
+    on a GPU."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Windows that the network sees at once; chosen by device when left out."""
+    tasks: tuple[str, ...] = ()
+    """Layers to find: ``nuclei``, ``glands``, ``lumina``, ``tissue_types``, and ``cells`` grown from nuclei. All that
+    the model finds when left out, without cells."""
     region_px: int = Field(default=2048, ge=256, le=1_000_000)
     """Side of the regions that are finished at once, in pixels of the model's resolution; it decides memory and what a
     kill can lose, never the objects. Rounded up to whole windows of the model."""
@@ -179,6 +195,15 @@ class SegmentConfig(_Section):
     """Look for objects on slides that were scanned coarser than the model wants; refused otherwise."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """A slide fails when more than this share of its windows can't be read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_mean_network(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("weights") is None:
+            return given
+        if given.get("model", "network") != "network":
+            raise ValueError("weights are those of the model 'network'; leave weights out, or set model=network")
+        return {**given, "model": "network"}
 
 
 class Config(_Section):
@@ -198,7 +223,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         UsageError: The file can't be read, a key is unknown (the nearest is named), or a value is out of range.
     """
     settings: dict[str, Any] = _read_sections(path) if path is not None else {}
-    for section in ("mil", "metadata"):  # of those commands, which check them themselves
+    for section in ("mil", "metadata", "cluster"):  # of those commands, which check them themselves
         settings.pop(section, None)
     for text in overrides:
         _apply_override(settings, text)

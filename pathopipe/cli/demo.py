@@ -37,7 +37,11 @@ def demo(
         spec = SynthSpec(width_px=_WIDTH_PX, height_px=_HEIGHT_PX, mpp=_MPP, seed=_SEED)
         write_slide(slide, spec, truth=out / "drawn-truth.geojson")
     ref = SlideRef("drawn", slide)
-    plan = RunPlan(out=out, config=load_config(None, ["segment.tasks=nuclei,cells"]), threads=usable_cores())
+    plan = RunPlan(
+        out=out,
+        config=load_config(None, ["segment.tasks=nuclei,cells,glands,lumina,tissue_types"]),
+        threads=usable_cores(),
+    )
     outcomes = run_and_tell([ref], plan, workers=1)
     if outcomes[0].status == "failed":
         raise typer.Exit(1)

@@ -1,11 +1,12 @@
 """``pathopipe segment``: the objects of one slide, and the files that QuPath opens."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathopipe.cli.options import ConfigFile, Mpp, Out, Settings, SlideFile, SlideId, read_config
+from pathopipe.cli.options import ConfigFile, Device, Mpp, Out, Settings, SlideFile, SlideId, read_config
 
 if TYPE_CHECKING:
     from pathopipe.pipeline import RunPlan
@@ -19,9 +20,22 @@ def segment(
     slide: SlideFile,
     out: Out,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="A,B", help="Layers to find: nuclei, cells. Default: nuclei.")
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="A,B",
+            help="Layers to find: nuclei, glands, lumina, tissue_types, cells. Default: all but cells that the model "
+            "finds.",
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="What finds them: classical.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="What finds them: network, or classical (nuclei only).  [default: network]"),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", metavar="FILE", help="Weights of a network of your own.")
+    ] = None,
+    device: Device = None,
     slide_id: SlideId = None,
     mpp: Mpp = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget these layers and find them anew.")] = False,
@@ -31,17 +45,18 @@ def segment(
     config: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
-    """Find the nuclei of one slide, or go on where it was stopped: outlines, measurements, files for QuPath.
+    """Find the objects of one slide, or go on where it was stopped: outlines, measurements, files for QuPath.
 
     \b
     Examples:
       pathopipe segment slide.svs --out results
-      pathopipe segment slide.svs --out results --tasks nuclei,cells
+      pathopipe segment slide.svs --out results --tasks nuclei,cells --model classical
+      pathopipe segment slide.svs --out results --weights mine.safetensors --device cuda
       pathopipe segment slide.svs --out results --tasks cells --set segment.cell_expansion_um=3 --fresh
       pathopipe segment crop.tif --out results --mpp 0.25 --set tissue.min_region_mm2=0
 
     Objects go to OUT/slides/<slide_id>.zarr, layer by layer; drag OUT/geojson/<slide_id>.nuclei.geojson onto the
-    slide in QuPath. Other forms: pathopipe export.
+    slide in QuPath. Other forms: pathopipe export. Pictures to judge them by: OUT/thumbnails. docs/segmentation.md
     """
     from pathopipe.cli.stages import slide_ref
     from pathopipe.cluster import check_writable, usable_cores
@@ -52,6 +67,10 @@ def segment(
         overrides.append(f"segment.tasks={tasks}")
     if model is not None:
         overrides.append(f"segment.model={model}")
+    if weights is not None:
+        overrides.append(f"segment.weights={weights}")
+    if device is not None:
+        overrides.append(f"segment.device={device.value}")
     settled = read_config(config, overrides, mpp=mpp)
     ref = slide_ref(slide, slide_id)
     check_writable(out)
@@ -62,16 +81,18 @@ def segment_and_tell(ref: "SlideRef", plan: "RunPlan", *, fresh: bool, geojson: 
     """Segment one slide with progress on stderr; print what was found and where it is."""
     from pathopipe.cli.progress import WindowProgress
     from pathopipe.export.objects import export_layers
-    from pathopipe.pipeline.segment import objects_picture_path, segment_slide
+    from pathopipe.pipeline.segment import fields_picture_path, objects_picture_path, segment_slide
     from pathopipe.store import SlideStore, store_path
 
     with WindowProgress(ref.slide_id) as progress:
         outcome = segment_slide(ref, plan, fresh=fresh, on_windows=progress.on_windows)
     for line in _describe(outcome):
         print(line)
-    picture = objects_picture_path(plan.out, ref.slide_id)
-    if picture.exists():
-        print(f"picture: {picture}")
+    for picture in (objects_picture_path(plan.out, ref.slide_id), fields_picture_path(plan.out, ref.slide_id)):
+        if picture.exists():
+            print(f"picture: {picture}")
+    for table in outcome.tables:
+        print(f"tissue types of tiles: {table}")
     if geojson:
         started = time.perf_counter()
         store = SlideStore.open(store_path(plan.out, ref.slide_id))
@@ -94,5 +115,5 @@ def _describe(outcome: "SegmentOutcome") -> list[str]:
         lines.append(f"{outcome.bad_windows} windows could not be read: nothing was looked for there")
     if outcome.flags:
         lines.append("flags: " + ", ".join(outcome.flags))
-    lines += [f"note: {problem}" for problem in outcome.problems]
+    lines += [f"note: {what}" for what in (*outcome.problems, *outcome.notes)]
     return lines

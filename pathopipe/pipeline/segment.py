@@ -1,8 +1,8 @@
 """The objects of one slide: tissue, windows, regions, merged layers. No science in here."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from pathopipe.config import Config
 from pathopipe.errors import TooManyBadTilesError, UsageError
 from pathopipe.pipeline.common import RunPlan, inputs_below, opened, thumbnail_path, tissue_stage, write_pictures
 from pathopipe.records import SlideRef, Tissue
-from pathopipe.report.objects import draw_objects
+from pathopipe.report.objects import draw_fields, draw_objects
 from pathopipe.report.thumbnail import write_png
+from pathopipe.report.tile_types import TISSUE_TYPES, write_tile_types
 from pathopipe.segmentation.classical import ClassicalNuclei
 from pathopipe.segmentation.merge import merge_layers
 from pathopipe.segmentation.model import Model
@@ -20,9 +21,18 @@ from pathopipe.segmentation.segment import CELLS, SEGMENT_VERSION, Plan, Segment
 from pathopipe.slide.base import Slide
 from pathopipe.slide.resolution import require_mpp
 from pathopipe.store import SlideStore, digest, store_path
+from pathopipe.store.claims import claimed
 from pathopipe.tiles.grid import plan_windows
 
-__all__ = ["SegmentOutcome", "objects_picture_path", "segment_slide"]
+__all__ = ["SegmentOutcome", "fields_picture_path", "objects_picture_path", "segment_slide", "tile_types_path"]
+
+_SHIPPED_NOTE = (
+    "the shipped weights are a starting point: look at the pictures; docs/segmentation.md says how to train your own "
+    "('pathopipe segmenter train') and use them (--weights FILE)"
+)
+_DARK_FIELD_NOTE = (
+    "a dark-field slide, which the shipped network does not know: its nuclei were found by the model 'classical'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +50,25 @@ class SegmentOutcome:
     bad_windows: int
     seconds: float
     report: SegmentReport
+    notes: tuple[str, ...] = ()
+    """What a user should know of the model that was used."""
+    tables: tuple[Path, ...] = ()
+    """Tables of tissue types by tile that were written."""
 
 
 def objects_picture_path(out: Path, slide_id: str) -> Path:
     """Where the picture of a slide's objects goes."""
     return out / "thumbnails" / f"{slide_id}.objects.png"
+
+
+def fields_picture_path(out: Path, slide_id: str) -> Path:
+    """Where the picture of a few larger fields goes, with the objects of all layers."""
+    return out / "thumbnails" / f"{slide_id}.fields.png"
+
+
+def tile_types_path(out: Path, slide_id: str, grid: str) -> Path:
+    """Where the tissue types of a slide's tiles go."""
+    return out / "tissue_types" / f"{slide_id}.{grid}.csv"
 
 
 def segment_slide(
@@ -63,28 +87,33 @@ def segment_slide(
         on_windows: Told of windows done and windows in all.
 
     Raises:
-        UsageError: The model does not find what is asked for.
+        UsageError: The model does not find what is asked for, or its weights can't be used.
         TooManyBadTilesError: More windows than ``segment.max_bad_share`` can't be read; what was found is kept.
         PathopipeError: The slide can't be done; finished regions are kept.
     """
     started = time.perf_counter()
     config = plan.config
-    _check_tasks(config)
+    finder = _open_finder(plan)
+    _settle_tasks(config, finder.model)  # before anything is computed
     lock = SlideStore(store_path(plan.out, ref.slide_id)).writing_objects()
     with opened(ref, config) as slide, lock:
-        store = SlideStore.create_or_open(
-            store_path(plan.out, ref.slide_id), slide.info, created_by=f"pathopipe {pathopipe.__version__}"
-        )
-        store.remove_leftovers()
-        tissue, found_tissue = tissue_stage(slide, store, config, None)
-        if found_tissue or not thumbnail_path(plan.out, ref.slide_id).exists():
-            write_pictures(slide, store, plan, tissue, None, again=found_tissue)
-        model = ClassicalNuclei(dark_field="dark-field" in tissue.flags)
-        segment_plan = _segment_plan(slide, tissue, model, config)
+        # Tissue is the ground of `run` as well; only one of the two may be at it.
+        with claimed(plan.out, ref.slide_id):
+            store = SlideStore.create_or_open(
+                store_path(plan.out, ref.slide_id), slide.info, created_by=f"pathopipe {pathopipe.__version__}"
+            )
+            store.remove_leftovers()
+            tissue, found_tissue = tissue_stage(slide, store, config, None)
+            if found_tissue or not thumbnail_path(plan.out, ref.slide_id).exists():
+                write_pictures(slide, store, plan, tissue, None, again=found_tissue)
+        if "dark-field" in tissue.flags:
+            finder = _for_dark_field(finder, config)
+        tasks = _settle_tasks(config, finder.model)
+        segment_plan = _segment_plan(slide, tissue, finder.model, config, tasks)
         inputs = _object_inputs(store, segment_plan, config)
         for layer in inputs:
             # What is only stood on is not forgotten: it may be someone's corrections.
-            if fresh and layer in config.segment.tasks:
+            if fresh and layer in tasks:
                 store.clear_objects(layer)
         pending = [name for name in inputs if not store.require_inputs(f"objects/{name}", "segment", inputs[name])]
         report = SegmentReport()
@@ -92,17 +121,14 @@ def segment_slide(
             for name in pending:
                 store.begin_objects(name, inputs[name], regions=f"{segment_plan.region_px}px")
             report = segment_regions(
-                slide, store, replace(segment_plan, wanted=tuple(pending)), threads=plan.threads, on_windows=on_windows
+                slide, store, _narrowed(segment_plan, finder, pending), threads=plan.threads, on_windows=on_windows
             )
             merging = time.perf_counter()
-            about = {"mpp": segment_plan.windows.grid.achieved_mpp, "seconds": report.seconds()}
+            about = {"mpp": segment_plan.windows.grid.achieved_mpp, "seconds": report.seconds(), **finder.about}
             merge_layers(store, segment_plan, inputs, about)
             report.merge_s = time.perf_counter() - merging
-        picture = objects_picture_path(plan.out, ref.slide_id)
-        if pending or not picture.exists():
-            drawn = draw_objects(slide, store, list(inputs))
-            if drawn is not None:
-                write_png(picture, drawn)
+        _write_objects_pictures(slide, store, plan.out, list(inputs), again=bool(pending))
+        tables = _write_tile_types(store, plan.out) if TISSUE_TYPES in inputs else ()
     bad_windows = max(store.objects(name).attributes["bad_windows"] for name in inputs)
     n_windows = len(segment_plan.windows.grid)
     if bad_windows > config.segment.max_bad_share * n_windows:
@@ -122,20 +148,91 @@ def segment_slide(
         bad_windows=bad_windows,
         seconds=time.perf_counter() - started,
         report=report,
+        notes=finder.notes if pending else (),
+        tables=tables,
     )
 
 
-def _check_tasks(config: Config) -> None:
-    known = (*(layer.name for layer in ClassicalNuclei().layers), CELLS)
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """A model, and what to say of it."""
+
+    model: Model
+    about: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    only: Callable[[Collection[str]], Model] | None = None
+    """Leaves out what some layers don't need."""
+
+
+def _open_finder(plan: RunPlan) -> _Finder:
+    settings = plan.config.segment
+    if settings.model == "classical":
+        return _Finder(ClassicalNuclei())
+    from pathopipe.segmentation.learned import open_model  # torch takes seconds, and classical nuclei don't need it
+
+    model = open_model(
+        settings.weights,
+        device=settings.device,
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+        threads=plan.threads,
+    )
+    weights = settings.weights.name if settings.weights is not None else "shipped"
+    notes = (_SHIPPED_NOTE,) if settings.weights is None else ()
+    return _Finder(model, {**model.about, "weights_file": weights}, notes, model.only)
+
+
+def _for_dark_field(finder: _Finder, config: Config) -> _Finder:
+    if config.segment.weights is not None:
+        return finder  # whoever trained it knows what for
+    notes = (_DARK_FIELD_NOTE,) if config.segment.model == "network" else ()
+    return _Finder(ClassicalNuclei(dark_field=True), notes=notes)
+
+
+def _settle_tasks(config: Config, model: Model) -> tuple[str, ...]:
+    """The layers that are asked for: all that the model finds where none is named."""
+    found = tuple(layer.name for layer in model.layers)
+    known = (*found, *((CELLS,) if "nuclei" in found else ()))
     for task in config.segment.tasks:
         if task not in known:
             raise UsageError(
-                f"segment.tasks: the model '{config.segment.model}' does not find '{task}'; "
-                f"it finds {' and '.join(known)}"
+                f"segment.tasks: the model '{model.identity['name']}' does not find '{task}'; "
+                f"it finds {', '.join(known[:-1])} and {known[-1]}"
+                if len(known) > 1
+                else f"segment.tasks: these weights do not find '{task}', but {known[0]} alone"
             )
+    return config.segment.tasks or found
 
 
-def _segment_plan(slide: Slide, tissue: Tissue, model: Model, config: Config) -> Plan:
+def _narrowed(plan: Plan, finder: _Finder, pending: Collection[str]) -> Plan:
+    """The plan for the layers that are still to be found, with no more of the model than they need."""
+    needed = {*pending, *(("nuclei",) if CELLS in pending else ())}
+    model = finder.only(needed) if finder.only is not None else plan.model
+    layers = tuple(layer for layer in plan.layers if layer.name in needed)
+    return replace(plan, model=model, layers=layers, wanted=tuple(pending))
+
+
+def _write_objects_pictures(slide: Slide, store: SlideStore, out: Path, layers: list[str], *, again: bool) -> None:
+    for path, draw in (
+        (objects_picture_path(out, slide.info.slide_id), draw_objects),
+        (fields_picture_path(out, slide.info.slide_id), draw_fields),
+    ):
+        if again or not path.exists():
+            drawn = draw(slide, store, layers)
+            if drawn is not None:
+                write_png(path, drawn)
+
+
+def _write_tile_types(store: SlideStore, out: Path) -> tuple[Path, ...]:
+    """The tissue types of the tiles of every grid; written anew each time, for grids may have come or changed."""
+    paths = []
+    for grid in store.grids():
+        paths.append(tile_types_path(out, store.path.stem, grid))
+        write_tile_types(paths[-1], store, grid)
+    return tuple(paths)
+
+
+def _segment_plan(slide: Slide, tissue: Tissue, model: Model, config: Config, tasks: tuple[str, ...]) -> Plan:
     settings = config.segment
     windows = plan_windows(
         slide.info,
@@ -146,8 +243,8 @@ def _segment_plan(slide: Slide, tissue: Tissue, model: Model, config: Config) ->
         margin_px=model.margin_px,
         allow_enlarge=settings.allow_enlarge,
     )
-    with_cells = CELLS in settings.tasks
-    wanted = {*settings.tasks, *(("nuclei",) if with_cells else ())}
+    with_cells = CELLS in tasks
+    wanted = {*tasks, *(("nuclei",) if with_cells else ())}
     return Plan(
         model=model,
         layers=tuple(layer for layer in model.layers if layer.name in wanted),

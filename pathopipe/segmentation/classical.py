@@ -88,6 +88,8 @@ class ClassicalNuclei:
         self.core_px = _CORE_PX
         self.margin_px = _MARGIN_PX if mpp >= 2 * _LEAST_MPP else 2 * _MARGIN_PX
         self.size = size if size is not None else NucleusSize()
+        self.overlap_px = 0
+        self.categorical: tuple[int, ...] = ()
         self.halo_px = parting_reach_px(mpp, self.size)
         self.batch_size = 4
         self._dark_field = dark_field

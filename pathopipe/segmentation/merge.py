@@ -1,6 +1,7 @@
 """Merges what regions found into the layers of a slide: in centroid order, with neighbours, parents and ids."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,11 @@ def merge_layers(
     pending = [name for name in plan.names if store.inputs(f"objects/{name}") is None]
     large = {layer.name: _Large(plan, store, layer) for layer in plan.layers if layer.joined and layer.name in pending}
     glands = large["glands"].shapes if "glands" in large else _stored_shapes(store, "glands")
+    if glands is not None and "glands" in large:
+        # Layers of earlier runs point to no glands, or to those that these replace.
+        for name in ("nuclei", "lumina"):
+            if name in store.layers() and name not in pending:
+                _write_parents(store, name, glands)
     for layer in plan.layers:
         if layer.name in pending and not layer.joined:
             tables = _streamed(plan, store, slide_id, layer.name, layer.classes, glands)
@@ -69,6 +75,25 @@ def merge_layers(
     for name in sorted(large, key=lambda name: name == "glands"):
         tables = large[name].tables(store, slide_id, glands)
         store.write_objects(name, tables, about=_about(about, inputs, name, store))
+
+
+def _write_parents(store: SlideStore, layer: str, glands: NDArray[np.object_]) -> None:
+    """Store a layer again with the glands that its objects lie in; all else stays as it was."""
+    array = store.objects(layer)
+    kept = {
+        name: value
+        for name, value in array.attributes.items()
+        if name not in {"classes", "measurement_names", "parent_layer"}
+    }
+
+    def tables() -> Iterator[ObjectTable]:
+        for table in array.batches(_ROWS):
+            inner = table.centroid_l0 if layer == "nuclei" else outlines_to_shapes(table.outlines)
+            yield replace(table, parent=assign_parents(inner, glands), parent_layer="glands")
+        if not len(array):
+            yield replace(array.read(), parent_layer="glands")
+
+    store.write_objects(layer, tables(), about=kept)
 
 
 def _about(
@@ -208,7 +233,7 @@ class _Large:
             )
             for key, values in columns.items():
                 values.append(part[key])
-        shapes, object_of_piece, _ = join_pieces(regions)
+        shapes, object_of_piece, _ = join_pieces(regions, joined_share=layer.joined_share)
         class_id, class_probability, area_px = (
             np.concatenate(values) if values else np.empty(0) for values in columns.values()
         )
@@ -275,18 +300,28 @@ def _clean(shapes: NDArray[np.object_], layer: Layer, mpp: tuple[float, float]) 
     pixel_um2 = mpp[0] * mpp[1]
     cleaned = shapes.copy()
     if layer.min_hole_um2:
-        for index, shape in enumerate(shapes):
+        for index in np.flatnonzero(_counts_holes(shapes)).tolist():
             polygons = [
-                shapely.Polygon(
-                    part.exterior,
-                    [hole for hole in part.interiors if shapely.Polygon(hole).area * pixel_um2 >= layer.min_hole_um2],
-                )
-                for part in shapely.get_parts(shape)
+                _without_holes(part, layer.min_hole_um2 / pixel_um2) for part in shapely.get_parts(shapes[index])
             ]
             cleaned[index] = shapely.normalize(polygons[0] if len(polygons) == 1 else shapely.union_all(polygons))
     small = shapely.area(cleaned) * pixel_um2 < layer.min_um2
     cleaned[small] = shapely.Polygon()
     return cleaned
+
+
+def _counts_holes(shapes: NDArray[np.object_]) -> NDArray[np.int64]:
+    """(n,) holes of each shape."""
+    parts, owner = shapely.get_parts(shapes, return_index=True)
+    return np.bincount(owner, shapely.get_num_interior_rings(parts), minlength=len(shapes)).astype(np.int64)
+
+
+def _without_holes(polygon: shapely.Polygon, below_l0: float) -> shapely.Polygon:
+    """The polygon with its holes of less than an area filled."""
+    rings = shapely.get_rings(polygon)
+    kept = shapely.area(shapely.polygons(rings[1:])) >= below_l0
+    filled: shapely.Polygon = shapely.polygons(rings[0], rings[1:][kept])
+    return filled
 
 
 def _vote(

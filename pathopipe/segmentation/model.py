@@ -25,6 +25,9 @@ class Layer:
     """Joined objects below this area are dropped; only after joining, for a region may see but a corner of one."""
     min_hole_um2: float = 0.0
     """Holes of joined objects below this area are filled."""
+    joined_share: float = 0.5
+    """Joined objects: two regions see the same one where they share this much of the smaller of what they see at their
+    border. 0 where every region finds the same pixels (areas of one class): then a single pixel joins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class Instances:
 class Model(Protocol):
     """Finds objects in two steps, so that region borders can't show.
 
-    Maps are computed on windows of one fixed lattice, hence a pixel's map depends on the slide alone. Instances are
+    Maps are computed on windows of one fixed lattice, hence a pixel's map depends on the slide alone. Where the maps of
+    neighbouring windows overlap, they are blended. Instances are
     found in regions of any size, each seen with a halo; the rule that finds them must be local: whether and how an
     object is there depends on maps no farther than ``halo_px`` from its centroid (for joined layers: from each of its
     pixels).
@@ -69,6 +73,19 @@ class Model(Protocol):
         ...
 
     @property
+    def overlap_px(self) -> int:
+        """How far the maps of a window reach beyond its core, at most ``margin_px`` and half of ``core_px``.
+
+        0: every window has the say over its core alone. Else what neighbours say is blended, and maps are uint8.
+        """
+        ...
+
+    @property
+    def categorical(self) -> tuple[int, ...]:
+        """Channels of the maps that can't be blended (numbers of classes): there a window has the say over its core."""
+        ...
+
+    @property
     def halo_px(self) -> int:
         """How far :meth:`instances` must see beyond the core of a region."""
         ...
@@ -84,7 +101,7 @@ class Model(Protocol):
         ...
 
     def maps(self, windows: NDArray[np.uint8]) -> NDArray[Any]:
-        """(n, side, side, 3) uint8 RGB -> (n, core, core, channels) of a small type; zeros mean nothing is there."""
+        """(n, side, side, 3) uint8 RGB -> (n, core + 2 overlap, the same, channels); zeros mean nothing is there."""
         ...
 
     def instances(self, maps: NDArray[Any]) -> dict[str, Instances]:

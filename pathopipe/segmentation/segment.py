@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathopipe.records import TileGrid, Tissue
+from pathopipe.segmentation.blend import Said, blend_borders, common_slices
 from pathopipe.segmentation.cells import expand_labels
 from pathopipe.segmentation.model import Instances, Layer, Model
 from pathopipe.segmentation.morphology import measure_labels
@@ -168,8 +169,8 @@ def segment_regions(
             report.faults = (report.faults + batch.faults)[:_FAULTS_KEPT]
             while ahead is not None and canvas.has(needs[ahead[0]]):
                 name, box = ahead
-                view = canvas.take(box, needs[name])
-                waiting.append(pool.submit(_finish_region, plan, name, box, view, parts))
+                seen = canvas.take(needs[name])
+                waiting.append(pool.submit(_finish_region, plan, name, box, seen, parts))
                 report.regions += 1
                 ahead = next(regions, None)
                 started = time.perf_counter()
@@ -190,13 +191,13 @@ def segment_regions(
 
 def _order_windows(plan: Plan, todo: Mapping[str, BoxPx]) -> tuple[NDArray[np.int64], dict[str, list[int]]]:
     """Windows in the order in which regions want them, each once; and the windows that each region wants."""
-    core_px, halo_px = plan.model.core_px, plan.halo_px
+    core_px, reach_px = plan.model.core_px, plan.halo_px + plan.model.overlap_px
     at = {(column, row): index for index, (column, row) in enumerate(plan.windows.place.tolist())}
     needs: dict[str, list[int]] = {}
     order: dict[int, None] = {}
     for name, box in todo.items():
-        columns = range((box.x_px - halo_px) // core_px, (box.x_px + box.width_px + halo_px - 1) // core_px + 1)
-        rows = range((box.y_px - halo_px) // core_px, (box.y_px + box.height_px + halo_px - 1) // core_px + 1)
+        columns = range((box.x_px - reach_px) // core_px, (box.x_px + box.width_px + reach_px - 1) // core_px + 1)
+        rows = range((box.y_px - reach_px) // core_px, (box.y_px + box.height_px + reach_px - 1) // core_px + 1)
         needs[name] = [at[column, row] for row in rows for column in columns if (column, row) in at]
         order.update(dict.fromkeys(needs[name]))
     return np.fromiter(order, np.int64, len(order)), needs
@@ -204,6 +205,19 @@ def _order_windows(plan: Plan, todo: Mapping[str, BoxPx]) -> tuple[NDArray[np.in
 
 def _in_order(grid: TileGrid, order: NDArray[np.int64]) -> TileGrid:
     return replace(grid, xy_l0=grid.xy_l0[order], tissue_fraction=grid.tissue_fraction[order])
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """What one window showed."""
+
+    place: tuple[int, int]
+    """Column and row in the lattice."""
+    rgb: NDArray[np.uint8]
+    """(core, core, 3)"""
+    maps: NDArray[Any]
+    """(core + 2 overlap, core + 2 overlap, channels)"""
+    readable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +231,12 @@ class _View:
 
 
 class _Canvas:
-    """Cores of windows, kept until the last region that wants them has taken them."""
+    """Windows, kept until the last region that wants them has taken them."""
 
     def __init__(self, plan: Plan, wanted: Counter[int]) -> None:
         self._plan = plan
         self._wanted = wanted
-        self._cores: dict[int, tuple[NDArray[np.uint8], NDArray[Any], bool]] = {}
+        self._windows: dict[int, _Window] = {}
 
     def add(
         self,
@@ -231,46 +245,63 @@ class _Canvas:
         maps: NDArray[Any],
         readable: NDArray[np.bool_],
     ) -> None:
-        """Take in a batch: images with margins, maps without."""
+        """Take in a batch: images with margins, maps with overlaps."""
         margin_px, core_px = self._plan.model.margin_px, self._plan.model.core_px
         inner = slice(margin_px, margin_px + core_px)
         for index, window in enumerate(windows.tolist()):
+            column, row = self._plan.windows.place[window].tolist()
             # The images' buffer is used again; and a window that stays must not keep its whole batch with it.
-            self._cores[window] = (images[index, inner, inner].copy(), maps[index].copy(), bool(readable[index]))
+            self._windows[window] = _Window(
+                (column, row), images[index, inner, inner].copy(), maps[index].copy(), bool(readable[index])
+            )
 
     def has(self, windows: Sequence[int]) -> bool:
         """Whether all of some windows are there."""
-        return all(window in self._cores for window in windows)
+        return all(window in self._windows for window in windows)
 
-    def take(self, box: BoxPx, windows: Sequence[int]) -> _View:
-        """Put a region together; where there is no window, it is white and nothing is there."""
-        halo_px, core_px = self._plan.halo_px, self._plan.model.core_px
-        height, width = box.height_px + 2 * halo_px, box.width_px + 2 * halo_px
-        rgb = np.full((height, width, 3), 255, np.uint8)
-        maps: NDArray[Any] | None = None
-        bad_windows = 0
+    def take(self, windows: Sequence[int]) -> list[_Window]:
+        """The windows that a region sees."""
+        taken = [self._windows[window] for window in windows]
         for window in windows:
-            image, window_maps, is_readable = self._cores[window]
-            if maps is None:
-                maps = np.zeros((height, width, window_maps.shape[-1]), window_maps.dtype)
-            column, row = self._plan.windows.place[window].tolist()
-            x, y = column * core_px - box.x_px + halo_px, row * core_px - box.y_px + halo_px
-            there = (slice(max(y, 0), min(y + core_px, height)), slice(max(x, 0), min(x + core_px, width)))
-            here = (slice(max(-y, 0), min(height - y, core_px)), slice(max(-x, 0), min(width - x, core_px)))
-            rgb[there] = image[here]
-            maps[there] = window_maps[here]
-            is_own = halo_px <= x < halo_px + box.width_px and halo_px <= y < halo_px + box.height_px
-            bad_windows += is_own and not is_readable
             self._wanted[window] -= 1
             if not self._wanted[window]:
-                del self._cores[window]
-        assert maps is not None, "a region holds at least one window"
-        return _View(maps, rgb, bad_windows)
+                del self._windows[window]
+        return taken
 
 
-def _finish_region(plan: Plan, name: str, box: BoxPx, view: _View, parts: Mapping[str, PartTable]) -> float:
+def _put_together(plan: Plan, box: BoxPx, windows: Sequence[_Window]) -> _View:
+    """What a region sees; where no window has its core, it is white and nothing is there."""
+    halo_px, core_px, overlap_px = plan.halo_px, plan.model.core_px, plan.model.overlap_px
+    height, width = box.height_px + 2 * halo_px, box.width_px + 2 * halo_px
+    rgb = np.full((height, width, 3), 255, np.uint8)
+    maps = np.zeros((height, width, windows[0].maps.shape[-1]), windows[0].maps.dtype)
+    known = np.zeros((height, width), np.bool_)
+    corners = [_corner(plan, box, window) for window in windows]
+    bad_windows = 0
+    for window, (x, y) in zip(windows, corners, strict=True):
+        (rows, from_rows), (columns, from_columns) = common_slices(y, core_px, height), common_slices(x, core_px, width)
+        own = slice(overlap_px, overlap_px + core_px)
+        rgb[rows, columns] = window.rgb[from_rows, from_columns]
+        maps[rows, columns] = window.maps[own, own][from_rows, from_columns]
+        known[rows, columns] = window.readable
+        is_own = halo_px <= x < halo_px + box.width_px and halo_px <= y < halo_px + box.height_px
+        bad_windows += is_own and not window.readable
+    if overlap_px:
+        said = [Said(*corner, window.maps) for window, corner in zip(windows, corners, strict=True) if window.readable]
+        blend_borders(maps, known, said, core_px=core_px, overlap_px=overlap_px, categorical=plan.model.categorical)
+    return _View(maps, rgb, bad_windows)
+
+
+def _corner(plan: Plan, box: BoxPx, window: _Window) -> tuple[int, int]:
+    """Where the core of a window begins in the view of a region, x then y."""
+    core_px, halo_px = plan.model.core_px, plan.halo_px
+    return window.place[0] * core_px - box.x_px + halo_px, window.place[1] * core_px - box.y_px + halo_px
+
+
+def _finish_region(plan: Plan, name: str, box: BoxPx, seen: Sequence[_Window], parts: Mapping[str, PartTable]) -> float:
     """Find, measure and store the objects of one region; returns the seconds it took."""
     started = time.perf_counter()
+    view = _put_together(plan, box, seen)
     found = plan.model.instances(view.maps)
     columns: dict[str, dict[str, NDArray[Any]]] = {}
     for layer in plan.layers:

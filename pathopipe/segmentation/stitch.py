@@ -17,9 +17,6 @@ __all__ = ["BoxPx", "RegionPieces", "Side", "Strip", "cut_strips", "join_pieces"
 
 Side = Literal["left", "right", "top", "bottom"]
 
-_JOINED_SHARE = 0.5
-"""Two labels are one object when they share this much of the smaller one, within the strip that both regions see."""
-
 _OPPOSITE: tuple[tuple[Side, Side, tuple[int, int]], ...] = (("right", "left", (0, 1)), ("bottom", "top", (1, 0)))
 
 
@@ -96,12 +93,14 @@ class RegionPieces:
 
 
 def join_pieces(
-    regions: Mapping[tuple[int, int], RegionPieces],
+    regions: Mapping[tuple[int, int], RegionPieces], *, joined_share: float = 0.5
 ) -> tuple[NDArray[np.object_], NDArray[np.int64], NDArray[np.int64]]:
     """Join the pieces of objects that cross regions.
 
     Args:
         regions: By row and column. Regions without objects may be missing.
+        joined_share: Two labels are one object when they share this much of the smaller one, within the strip that both
+            regions see.
 
     Returns:
         (M,) whole objects in level-0 pixels: valid, without points on straight lines, in a canonical form that does not
@@ -115,7 +114,7 @@ def join_pieces(
         for number in numbers:
             node.setdefault((key, number), len(node))
         owner.append(np.asarray([node[key, number] for number in numbers], np.int64))
-    first, second = _links(regions, node)
+    first, second = _links(regions, node, joined_share)
     graph = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(len(node), len(node)))
     _, group_of_node = connected_components(graph, directed=False)
     nodes = np.concatenate(owner) if owner else np.zeros(0, np.int64)
@@ -134,7 +133,9 @@ def join_pieces(
 
 
 def _links(
-    regions: Mapping[tuple[int, int], RegionPieces], node: Mapping[tuple[tuple[int, int], int], int]
+    regions: Mapping[tuple[int, int], RegionPieces],
+    node: Mapping[tuple[tuple[int, int], int], int],
+    joined_share: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pairs of nodes that are one object, by what neighbours see in the strip they share."""
     first: list[int] = []
@@ -145,7 +146,7 @@ def _links(
             other = regions.get(other_key)
             if other is None or side not in pieces.strips or opposite not in other.strips:
                 continue
-            for a, b in _matching(pieces.strips[side], other.strips[opposite]):
+            for a, b in _matching(pieces.strips[side], other.strips[opposite], joined_share):
                 # A label may lie wholly in the halo: then its piece is the neighbour's.
                 one, two = node.get((key, a)), node.get((other_key, b))
                 if one is not None and two is not None:
@@ -154,7 +155,7 @@ def _links(
     return np.asarray(first, np.int64), np.asarray(second, np.int64)
 
 
-def _matching(one: Strip, other: Strip) -> Sequence[tuple[int, int]]:
+def _matching(one: Strip, other: Strip, joined_share: float) -> Sequence[tuple[int, int]]:
     """Labels of two regions that are the same object."""
     _, at_one, at_other = np.intersect1d(one.at, other.at, assume_unique=True, return_indices=True)
     pairs, shared = np.unique(np.stack([one.label[at_one], other.label[at_other]]), axis=1, return_counts=True)
@@ -162,5 +163,5 @@ def _matching(one: Strip, other: Strip) -> Sequence[tuple[int, int]]:
         return []
     area_one, area_other = np.bincount(one.label), np.bincount(other.label)
     smaller = np.minimum(area_one[pairs[0]], area_other[pairs[1]])
-    same = shared >= _JOINED_SHARE * smaller
+    same = shared >= joined_share * smaller
     return list(zip(pairs[0, same].tolist(), pairs[1, same].tolist(), strict=True))

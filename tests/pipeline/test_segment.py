@@ -36,7 +36,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def segmented(slide: Path, out: Path, *settings: str, fresh: bool = False) -> SegmentOutcome:
-    plan = RunPlan(out=out, config=load_config(None, settings), threads=2)
+    plan = RunPlan(out=out, config=load_config(None, ("segment.model=classical", *settings)), threads=2)
     return segment_slide(SlideRef("drawn", slide), plan, fresh=fresh)
 
 
@@ -104,7 +104,7 @@ def test_two_runs_at_once_are_refused(slide: Path, tmp_path: Path) -> None:
 
 
 def test_corrections_are_not_thrown_away(slide: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    assert cli("segment", slide, "--out", tmp_path, "--slide-id", "drawn").code == 0
+    assert cli("segment", slide, "--out", tmp_path, "--slide-id", "drawn", "--model", "classical").code == 0
     (file,) = (tmp_path / "geojson").glob("drawn.nuclei.geojson*")
     back = ("import", "geojson", file, "--out", tmp_path, "--slide-id", "drawn", "--layer", "nuclei", "--replace")
     assert cli(*back).code == 0
@@ -117,7 +117,8 @@ def test_corrections_are_not_thrown_away(slide: Path, tmp_path: Path, cli: Calla
 
 def test_a_kill_loses_no_finished_region(slide: Path, whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pathopipe", "segment", slide, "--out", tmp_path, "--tasks", "nuclei,cells"]
-    process = subprocess.Popen([*map(str, command), "--set", "segment.region_px=512", "--slide-id", "drawn"])
+    command += ["--set", "segment.region_px=512", "--slide-id", "drawn", "--model", "classical"]
+    process = subprocess.Popen([*map(str, command)])
     parts = store_path(tmp_path, "drawn") / "objects" / "cells" / "parts"
     deadline = time.monotonic() + 120
     while not list(parts.glob("*.npz")) and process.poll() is None and time.monotonic() < deadline:
@@ -137,7 +138,8 @@ def test_a_kill_loses_no_finished_region(slide: Path, whole: Path, tmp_path: Pat
 def test_the_command_says_what_it_found_and_writes_what_qupath_opens(
     slide: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
-    result = cli("segment", slide, "--out", tmp_path, "--tasks", "nuclei,cells", "--slide-id", "drawn")
+    command = ("segment", slide, "--out", tmp_path, "--slide-id", "drawn", "--model", "classical")
+    result = cli(*command, "--tasks", "nuclei,cells")
     assert result.code == 0, result.err
     n = len(SlideStore.open(store_path(tmp_path, "drawn")).objects("nuclei"))
     assert f"{n} nuclei, {n} cells" in result.out
@@ -152,13 +154,13 @@ def test_the_command_says_what_it_found_and_writes_what_qupath_opens(
     assert all(feature.nucleus_geometry is not None for feature in read_features(cells))
     picture = cv2.imread(str(tmp_path / "thumbnails" / "drawn.objects.png"))
     assert picture is not None and picture.shape[1] > 1000
-    again = cli("segment", slide, "--out", tmp_path, "--slide-id", "drawn", "--no-geojson")
+    again = cli(*command, "--no-geojson")
     assert "was done already" in again.out
     assert cli("verify", tmp_path).code == 0
 
 
 def test_a_model_does_not_find_what_it_can_not(slide: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    result = cli("segment", slide, "--out", tmp_path, "--tasks", "nuclei,glands")
+    result = cli("segment", slide, "--out", tmp_path, "--tasks", "nuclei,glands", "--model", "classical")
     assert result.code == 2
     assert "'classical' does not find 'glands'; it finds nuclei and cells" in result.err
     with pytest.raises(UsageError, match="does not find 'nucleus'"):
@@ -190,7 +192,7 @@ def test_a_coarse_slide_is_refused_and_can_be_forced(tmp_path: Path) -> None:
 
 def test_a_slide_that_states_no_resolution_is_refused(tmp_path: Path, cli: Callable[..., Any]) -> None:
     tifffile.imwrite(tmp_path / "bare.tiff", np.full((600, 600, 3), 200, np.uint8), tile=(256, 256), photometric="rgb")
-    result = cli("segment", tmp_path / "bare.tiff", "--out", tmp_path / "out")
+    result = cli("segment", tmp_path / "bare.tiff", "--out", tmp_path / "out", "--model", "classical")
     assert result.code == 1
     assert "--mpp" in result.err or "slide.mpp" in result.err
 

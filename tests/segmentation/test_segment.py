@@ -13,7 +13,7 @@ from scipy import ndimage
 from pathopipe.errors import TileReadError
 from pathopipe.geometry import Region, outlines_to_shapes
 from pathopipe.records import ObjectClass, Tissue
-from pathopipe.segmentation.merge import merge_layers
+from pathopipe.segmentation.merge import _clean, merge_layers
 from pathopipe.segmentation.model import Instances, Layer
 from pathopipe.segmentation.segment import Plan, SegmentReport, segment_regions
 from pathopipe.slide.array import ArraySlide
@@ -60,6 +60,8 @@ class CodedModel:
     mpp: float = 0.5
     core_px: int = 32
     margin_px: int = 16
+    overlap_px: int = 0
+    categorical: tuple[int, ...] = ()
     halo_px: int = 24
     batch_size: int = 4
     identity: dict[str, Any] = field(default_factory=lambda: {"name": "coded"})
@@ -338,3 +340,19 @@ def test_small_joined_objects_go_only_after_joining(truth: dict[str, NDArray[np.
     run(slide, store, replace(plan, layers=(plan.layers[0], glands, plan.layers[2])))
     found = store.objects("glands").read()
     assert sorted(found.measurements[:, 0].tolist()) == pytest.approx(areas[1:])
+
+
+def test_small_holes_of_large_objects_are_filled_and_small_parts_go() -> None:
+    def square(x: int, y: int, side: int) -> list[tuple[int, int]]:
+        return [(x, y), (x + side, y), (x + side, y + side), (x, y + side)]
+
+    holed = shapely.Polygon(square(0, 0, 100), [square(10, 10, 2), square(30, 30, 20), square(60, 60, 3)])
+    parts = shapely.MultiPolygon(
+        [shapely.Polygon(square(300, 0, 40), [square(310, 9, 2)]), shapely.box(400, 0, 440, 9)]
+    )
+    shapes = np.array([holed, parts, shapely.box(0, 200, 1, 201)], object)
+    layer = replace(GLANDS, min_um2=1.0, min_hole_um2=5.0)
+    cleaned = _clean(shapes, layer, (0.5, 0.5))
+    assert cleaned[0].equals(shapely.Polygon(square(0, 0, 100), [square(30, 30, 20)]))
+    assert cleaned[1].equals(shapely.union(shapely.box(300, 0, 340, 40), shapely.box(400, 0, 440, 9)))
+    assert cleaned[2].is_empty
