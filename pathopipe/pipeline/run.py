@@ -1,11 +1,13 @@
 """The stages of one slide that ``run`` goes through: tissue, tiles, embeddings. No science in here."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 import pathopipe
 from pathopipe.config import TilesConfig
@@ -28,6 +30,7 @@ from pathopipe.records import STATUS_OK, SlideRef, TileGrid
 from pathopipe.slide.base import Slide
 from pathopipe.slide.resolution import require_mpp
 from pathopipe.store import EmbeddingArray, SlideStore, digest, store_path
+from pathopipe.store.claims import Claim, claimed
 from pathopipe.tiles.cellularity import cellularity, select_cellular
 from pathopipe.tiles.grid import (
     GRID_VERSION,
@@ -67,10 +70,17 @@ class Pass:
     chunks: Mapping[str, tuple[int, ...]]
     """Chunks to compute, by encoder; none for one that is done."""
 
-    def parts(self, n_parts: int) -> "Iterator[Pass]":
-        """Cut into at most ``n_parts`` passes over runs of chunks."""
+    def parts(self, n_parts: int, longest: int | None = None) -> "Iterator[Pass]":
+        """Cut into at most ``n_parts`` passes over runs of chunks; into more where a run would be too long.
+
+        Args:
+            n_parts: How many parts are wanted.
+            longest: Most chunks of a run.
+        """
         wanted = sorted(set().union(*self.chunks.values()))
         length = max(1, -(-len(wanted) // n_parts))
+        if longest is not None:
+            length = min(length, longest)
         for first in range(0, len(wanted), length):
             run = set(wanted[first : first + length])
             taken = {encoder: tuple(sorted(run.intersection(chunks))) for encoder, chunks in self.chunks.items()}
@@ -138,7 +148,11 @@ def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> list[str]:
 
 
 def run_slide(
-    ref: SlideRef, plan: RunPlan, on_tiles: Callable[[str, int, int], None] = lambda slide_id, done, total: None
+    ref: SlideRef,
+    plan: RunPlan,
+    on_tiles: Callable[[str, int, int], None] = lambda slide_id, done, total: None,
+    *,
+    claim: Claim | None = None,
 ) -> SlideOutcome:
     """All stages of one slide, in this process.
 
@@ -146,10 +160,15 @@ def run_slide(
         ref: The slide.
         plan: What to do.
         on_tiles: Told the slide's id, tiles done and tiles in all as embedding goes on.
+        claim: The caller's claim to the slide; one is taken and given back where it is left out.
 
     Raises:
+        StoreBusyError: Another process is writing the slide.
         PathopipeError: The slide can't be done; what was finished is kept.
     """
+    if claim is None:
+        with claimed(plan.out, ref.slide_id) as own:
+            return run_slide(ref, plan, on_tiles, claim=own)
     started = time.perf_counter()
     prepared = prepare_slide(ref, plan)
     reports: list[LaneReports] = []
@@ -161,7 +180,7 @@ def run_slide(
             done += n_tiles
             on_tiles(ref.slide_id, done, total)
 
-        reports.append(embed_pending(ref, plan, tiles_pass, count))
+        reports.append(embed_pending(ref, plan, tiles_pass, count, claim=claim))
     return replace(finish_slide(prepared, plan, reports), seconds=time.perf_counter() - started)
 
 
@@ -179,7 +198,9 @@ def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
         # Nothing is forgotten before what takes its place can be had.
         found = find_tissue(slide, plan.config.tissue) if fresh == "tissue" else None
         if found is not None:
-            store.clear_stage("tissue")
+            # Someone may be looking for objects in there at this moment.
+            with store.writing_objects() if store.children("objects") else contextlib.nullcontext():
+                store.clear_stage("tissue")
         store = SlideStore.create_or_open(store.path, slide.info, created_by=f"pathopipe {pathopipe.__version__}")
         store.remove_leftovers()
         did = []
@@ -215,24 +236,56 @@ LaneReports = Mapping[tuple[str, str], EmbedReport]
 """What embedding did, by grid and encoder."""
 
 
+class _ClaimedRows(EmbeddingArray):
+    """Embeddings that are written as long as nobody else has taken the slide over."""
+
+    def __init__(self, store: SlideStore, group: str, claim: Claim) -> None:
+        super().__init__(store, group)
+        self._claim = claim
+
+    def write_chunk(self, chunk: int, values: NDArray[Any], status: NDArray[np.uint8]) -> None:
+        self._claim.check()
+        super().write_chunk(chunk, values, status)
+
+
 def embed_pending(
-    ref: SlideRef, plan: RunPlan, tiles_pass: Pass, on_tiles: Callable[[int], None] = lambda n_tiles: None
+    ref: SlideRef,
+    plan: RunPlan,
+    tiles_pass: Pass,
+    on_tiles: Callable[[int], None] = lambda n_tiles: None,
+    *,
+    claim: Claim | None = None,
 ) -> LaneReports:
-    """Embed some chunks of a prepared slide."""
-    pending = {encoder: chunks for encoder, chunks in tiles_pass.chunks.items() if chunks}
-    if not pending:
-        return {}
+    """Embed some chunks of a prepared slide; those that an earlier try has finished are passed over.
+
+    Args:
+        ref: The slide.
+        plan: What to do.
+        tiles_pass: The chunks.
+        on_tiles: Told of the tiles of each batch.
+        claim: The claim to the slide under which this is done.
+
+    Raises:
+        StoreBusyError: Another process has taken the slide over.
+    """
     store = SlideStore.open(store_path(plan.out, ref.slide_id))
     grid = _known_grid(store, tiles_pass.grid)
-    lanes = []
-    for name, chunks in pending.items():
-        encoder = built(spec_of(name, plan.config), plan, grid.achieved_mpp)
-        batch_size = batch_size_of(encoder, plan)
-        lanes.append(Lane(store.embeddings(grid.name, name), encoder, frozenset(chunks), batch_size))
+    lanes: dict[str, Lane] = {}
+    for name, wanted in tiles_pass.chunks.items():
+        rows = store.embeddings(grid.name, name)
+        if claim is not None:
+            rows = _ClaimedRows(store, f"embeddings/{grid.name}/{name}", claim)
+        # Work of a worker that died comes here again. Chunks with bad tiles are done, but wanted all the same.
+        chunks = frozenset(wanted).difference(() if plan.retry_bad else rows.done_chunks())
+        if chunks:
+            encoder = built(spec_of(name, plan.config), plan, grid.achieved_mpp)
+            lanes[name] = Lane(rows, encoder, chunks, batch_size_of(encoder, plan))
+    if not lanes:
+        return {}
     threads = plan.config.embed.read_threads or plan.threads
     with opened(ref, plan.config) as slide:
-        reports = embed_chunks(slide, grid, lanes, threads=threads, on_tiles=on_tiles)
-    return {(grid.name, name): report for name, report in zip(pending, reports, strict=True)}
+        reports = embed_chunks(slide, grid, tuple(lanes.values()), threads=threads, on_tiles=on_tiles)
+    return {(grid.name, name): report for name, report in zip(lanes, reports, strict=True)}
 
 
 def finish_slide(prepared: Prepared, plan: RunPlan, reports: Iterable[LaneReports]) -> SlideOutcome:

@@ -19,14 +19,15 @@ import zarr
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from pathopipe import cluster
-from pathopipe.cluster import run_cohort
+from pathopipe.cluster import cohort, run_cohort
+from pathopipe.cluster import outcomes as cluster_outcomes
 from pathopipe.config import Config, load_config
 from pathopipe.embeddings import embed
 from pathopipe.embeddings.torchvision_import import import_torchvision
 from pathopipe.errors import (
     PathopipeError,
     SlideError,
+    StoreBusyError,
     StoreChangedError,
     StoreWriteError,
     TileReadError,
@@ -34,11 +35,22 @@ from pathopipe.errors import (
     UsageError,
 )
 from pathopipe.geometry import Region
-from pathopipe.pipeline import RunPlan, check_plan, common, outline_path, run, run_slide, thumbnail_path
+from pathopipe.pipeline import (
+    RunPlan,
+    check_plan,
+    common,
+    embed_pending,
+    outline_path,
+    prepare_slide,
+    run,
+    run_slide,
+    thumbnail_path,
+)
 from pathopipe.records import SlideRef
 from pathopipe.slide.base import Slide
 from pathopipe.slide.open import open_slide
 from pathopipe.store import SlideStore, store_path
+from pathopipe.store.claims import claimed
 from pathopipe.tiles.read import TileBatch
 
 GRID = "256px-0.5um"
@@ -446,14 +458,14 @@ def test_a_refused_run_leaves_the_slide_as_sound_as_it_was(
 def test_an_output_that_takes_no_files_ends_the_run(
     drawn_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(ref: SlideRef, plan: RunPlan, on_tiles: object) -> None:
-        monkeypatch.setattr(cluster, "check_writable", refuse)
+    def full(ref: SlideRef, plan: RunPlan, on_tiles: object, *, claim: object) -> None:
+        monkeypatch.setattr(cluster_outcomes, "check_writable", refuse)
         raise StoreWriteError("disk full")
 
     def refuse(out: Path) -> None:
         raise StoreWriteError(f"{out}: can't be written (No space left on device)")
 
-    monkeypatch.setattr(cluster, "run_slide", full)
+    monkeypatch.setattr(cohort, "run_slide", full)
     with pytest.raises(StoreWriteError, match="No space left"):
         run_cohort([SlideRef("a", drawn_slide), SlideRef("b", drawn_slide)], plan_of(tmp_path))
 
@@ -587,3 +599,42 @@ def test_ctrl_c_on_a_terminal_is_one_line_though_the_workers_get_it_too(drawn_sl
 
 def test_the_default_plan_is_the_default_config(tmp_path: Path) -> None:
     assert RunPlan(out=tmp_path).config == Config()
+
+
+def test_chunks_that_an_earlier_try_finished_are_passed_over(ref: SlideRef, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    prepared = prepare_slide(ref, plan)
+    [whole] = prepared.passes
+    [n_chunks] = {len(chunks) for chunks in whole.chunks.values()}
+    parts = list(whole.parts(1, longest=2))
+    assert len(parts[0].chunks["handcrafted"]) == 2
+    assert sum(len(part.chunks["handcrafted"]) for part in parts) == n_chunks
+    [first] = embed_pending(ref, plan, parts[0]).values()
+    [rest] = embed_pending(ref, plan, whole).values()
+    assert first.tiles == 32
+    assert first.tiles + rest.tiles == whole.n_tiles
+    assert embed_pending(ref, plan, whole) == {}
+
+
+def test_a_slide_that_was_taken_over_is_not_written_to(ref: SlideRef, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    [whole] = prepare_slide(ref, plan).passes
+    with claimed(tmp_path, "drawn") as claim:
+        other = {**json.loads(claim.path.read_text()), "token": "other", "host": "node7"}
+        claim.path.write_text(json.dumps(other))
+        with pytest.raises(StoreBusyError, match="drawn: taken over by process .* on node7"):
+            embed_pending(ref, plan, whole, claim=claim)
+    assert SlideStore.open(store_path(tmp_path, "drawn")).embeddings(GRID, "handcrafted").done_chunks() == []
+
+
+def test_a_slide_that_is_being_written_is_left_alone(undisturbed: Path, ref: SlideRef, tmp_path: Path) -> None:
+    with claimed(tmp_path, "drawn"):
+        with pytest.raises(StoreBusyError, match=f"drawn: another run is writing it .process {os.getpid()} on "):
+            run_slide(ref, plan_of(tmp_path))
+    assert not store_path(tmp_path, "drawn").exists()
+    run_slide(ref, plan_of(tmp_path))
+    store = SlideStore.open(store_path(tmp_path, "drawn"))
+    (store.path / "objects" / "nuclei").mkdir(parents=True)
+    with store.writing_objects(), pytest.raises(StoreBusyError, match="the objects of drawn"):
+        run_slide(ref, plan_of(tmp_path, fresh="tissue"))
+    assert store.inputs("tissue") is not None
