@@ -1,10 +1,13 @@
 """The manifest of a cohort: which slides there are, checked as a whole before any work starts."""
 
+import itertools
 import logging
 import os
 import re
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +24,10 @@ _SHOWN_PROBLEMS: Final = 10
 # A store is named <slide_id>.zarr, and parts of it add to that; file systems end names at 255 bytes.
 _MAX_ID_BYTES: Final = 200
 _MPP_RANGE: Final = (0.05, 50.0)
+# A local disk answers in some 10 us, a network file system in 1 ms or more.
+_TIMED_LOOKS: Final = 64
+_SLOW_LOOK_S: Final = 0.0002
+_LOOKS_AT_ONCE: Final = 32
 _ADVICE: Final = "use letters, digits, '.', '_' or '-'"
 _PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9 _-]|\.(?!\.)){0,198}(?<![. ])")
 _RESERVED: Final = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³])(\..*)?", re.IGNORECASE)
@@ -28,7 +35,7 @@ _RESERVED: Final = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³])(
 _UNSEEN: Final = frozenset(("Cc", "Cs", "Cf", "Zl", "Zp"))
 
 
-def read_manifest(path: Path, *, allow_missing: bool = False) -> list[SlideRef]:
+def read_manifest(path: Path, *, allow_missing: bool = False, check_files: bool = True) -> list[SlideRef]:
     """Read and check a manifest: a CSV table with the columns ``slide_id`` and ``path``.
 
     UTF-8 (with or without byte-order mark) or UTF-16 with its mark; commas, semicolons or tabs, whichever the header
@@ -40,6 +47,8 @@ def read_manifest(path: Path, *, allow_missing: bool = False) -> list[SlideRef]:
             decimal comma where commas do not part the columns; an empty cell is no statement. All further columns are
             kept as text.
         allow_missing: Take slides whose file is not there; they fail later, alone.
+        check_files: Look whether the files are there and are different ones; False where someone has, and the
+            file system is slow.
 
     Returns:
         The slides in the order of the table, ids in Unicode's composed form (NFC).
@@ -50,11 +59,15 @@ def read_manifest(path: Path, *, allow_missing: bool = False) -> list[SlideRef]:
     """
     table = read_table(path, needed=_NEEDED, kind="manifest")
     problems: list[str] = []
+    rows = list(table.full_rows(problems))
+    folder = str(path.parent)
+    places = [os.path.join(folder, values["path"].strip()) for _, values in rows]  # noqa: PTH118 (100,000 of them)
+    found = _look_at(places) if check_files else itertools.repeat(None)
     refs: list[SlideRef] = []
     numbers: list[int] = []
     stated: dict[object, int] = {}
     shared: list[str] = []
-    for number, values in table.full_rows(problems):
+    for (number, values), place, status in zip(rows, places, found, strict=False):
         slide_id, file, mpp_text = values.pop("slide_id"), values.pop("path").strip(), values.pop("mpp", "").strip()
         fault = id_problem(slide_id)
         if fault:
@@ -62,23 +75,26 @@ def read_manifest(path: Path, *, allow_missing: bool = False) -> list[SlideRef]:
         mpp, mpp_problem = _parse_mpp(mpp_text, decimal_comma=table.delimiter != ",")
         if mpp_problem:
             problems.append(f"row {number}: {mpp_problem}")
-        place = path.parent / file
-        identity, file_problem = _find(place, file, allow_missing=allow_missing)
+        file_problem = _file_problem(place, file, status, allow_missing=allow_missing)
         if file_problem:
             problems.append(f"row {number}: {file_problem}")
-        elif identity in stated:
-            shared.append(f"rows {stated[identity]} and {number}: {quote(file)}")
-        else:
-            stated[identity] = number
+        elif status is not None:
+            # The file itself, through links and other spellings.
+            identity = os.path.normpath(place) if isinstance(status, OSError) else (status.st_dev, status.st_ino)
+            if identity in stated:
+                shared.append(f"rows {stated[identity]} and {number}: {quote(file)}")
+            else:
+                stated[identity] = number
         refs.append(
             SlideRef(
                 slide_id=unicodedata.normalize("NFC", slide_id),
-                path=place,
+                path=Path(place),
                 mpp=mpp,
                 columns={name: value.strip() for name, value in values.items()},
             )
         )
         numbers.append(number)
+    problems.sort(key=lambda problem: int(problem.removeprefix("row ").partition(":")[0]))
     for first, second, text in double_ids([ref.slide_id for ref in refs], case_matters=False):
         problems.append(f"rows {numbers[first]} and {numbers[second]}: {text}; give every slide an id of its own")
     if problems:
@@ -210,17 +226,34 @@ def _parse_mpp(text: str, *, decimal_comma: bool) -> tuple[float | None, str | N
     return value, None
 
 
-def _find(place: Path, text: str, *, allow_missing: bool) -> tuple[object, str | None]:
-    """What makes the file itself, through links and other spellings, and what is wrong with it."""
+def _file_problem(place: str, text: str, status: os.stat_result | OSError | None, *, allow_missing: bool) -> str | None:
+    """What is wrong with a path; None where nothing is."""
     if not text:
-        return None, "path is empty; name the slide's file"
+        return "path is empty; name the slide's file"
     if "\0" in text:
-        return None, f"path {quote(text)} holds a null character; write the table anew"
-    try:
-        status = place.stat()
-    except OSError as error:
-        if allow_missing:
-            return os.path.normpath(place), None
+        return f"path {quote(text)} holds a null character; write the table anew"
+    if isinstance(status, OSError) and not allow_missing:
         hint = "write '/' in place of '\\'" if "\\" in text else "correct the path, or pass --allow-missing"
-        return None, f"file {quote(str(place), at_most=1000)} can't be found ({error.strerror or error}); {hint}"
-    return (status.st_dev, status.st_ino), None
+        return f"file {quote(place, at_most=1000)} can't be found ({status.strerror or status}); {hint}"
+    return None
+
+
+def _look_at(places: Sequence[str]) -> list[os.stat_result | OSError]:
+    """What the file system says of some paths, in order; several at once where it is slow to answer."""
+    first, rest = places[:_TIMED_LOOKS], places[_TIMED_LOOKS:]
+    started = time.perf_counter()
+    found = [_stat(place) for place in first]
+    slow = time.perf_counter() - started > _SLOW_LOOK_S * len(first)
+    if slow:
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            return found + list(pool.map(_stat, rest))
+    return found + [_stat(place) for place in rest]
+
+
+def _stat(place: str) -> os.stat_result | OSError:
+    try:
+        return os.stat(place)  # noqa: PTH116
+    except OSError as error:
+        return error
+    except ValueError as error:  # a null character
+        return OSError(str(error))

@@ -128,10 +128,31 @@ def _read_text(path: Path, kind: str) -> str:
         if encoding != "utf-8-sig":
             raise UsageError(f"{path.name}: damaged {encoding.upper()} text; save the table as 'CSV UTF-8'") from None
         # Which of the many 8-bit code pages it is can't be known, and a wrong guess makes wrong ids.
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{path.name} line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the table as 'CSV UTF-8'"
-        ) from None
+        raise UsageError(f"{path.name} {_describe_not_utf8(data, error.start)}") from None
+
+
+def _describe_not_utf8(data: bytes, first: int) -> str:
+    """Which lines of a table are not UTF-8, how the first of them may read, and what to do."""
+    line_number = data.count(b"\n", 0, first) + 1
+    lines = data.split(b"\n")
+    odd = [number for number, line in enumerate(lines, 1) if not _is_utf8(line)]
+    others = sum(1 for number in set(range(1, len(lines) + 1)).difference(odd) if not lines[number - 1].isascii())
+    reads = quote(lines[line_number - 1].decode("latin-1").strip())
+    what = f"line {line_number}: byte 0x{data[first]:02x} is not UTF-8 (as Latin-1 the line reads {reads})"
+    if not others:
+        return f"{what}; save the table as 'CSV UTF-8'"
+    return (
+        f"{what}; {len(odd)} such lines stand among {others} with letters in UTF-8, so tables of two encodings were "
+        "put together: save each as 'CSV UTF-8', then join them"
+    )
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _find_encoding(head: bytes) -> str | None:

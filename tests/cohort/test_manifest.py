@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import threading
+import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -252,7 +254,50 @@ def test_files_that_are_no_text(folder: Path, data: bytes) -> None:
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
 def test_other_code_pages_are_refused(folder: Path, encoding: str) -> None:
     said = refused(put(folder, "slide_id,path\na,a.svs\nä,a.svs\n".encode(encoding)))
-    assert said == "cohort.csv line 3: byte 0xe4 is not UTF-8; save the table as 'CSV UTF-8'"
+    assert said == (
+        "cohort.csv line 3: byte 0xe4 is not UTF-8 (as Latin-1 the line reads 'ä,a.svs'); save the table as 'CSV UTF-8'"
+    )
+
+
+def test_tables_of_two_encodings_put_together(folder: Path) -> None:
+    data = "slide_id,path\nä,a.svs\nb,b.svs\nü,a.svs\n".encode() + "ö,a.svs\né,a.svs\n".encode("latin-1")
+    said = refused(put(folder, data))
+    assert said.startswith(
+        "cohort.csv line 5: byte 0xf6 is not UTF-8 (as Latin-1 the line reads 'ö,a.svs'); 2 such lines"
+    )
+    assert "among 2 with letters in UTF-8" in said
+
+
+def test_a_second_table_with_its_mark_and_header(folder: Path) -> None:
+    table = "\ufeffslide_id,path\na,a.svs\n"
+    said = refused(put(folder, table + table.replace("a,a", "b,b")))
+    assert "row 3: slide_id '\\ufeffslide_id' holds the invisible character U+FEFF" in said
+
+
+def test_files_are_looked_at_only_where_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(folder, "slide_id,path\na,a.svs\nz,none.svs\nz2,none.svs\n")
+    assert [ref.slide_id for ref in read_manifest(path, check_files=False)] == ["a", "z", "z2"]
+    monkeypatch.setattr("pathopipe.cohort.manifest._stat", lambda place: pytest.fail(place))
+    read_manifest(path, check_files=False)
+
+
+def test_a_slow_file_system_is_asked_many_things_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    known = (folder / "a.svs").stat()
+
+    def slow(place: str) -> os.stat_result | OSError:
+        asked.append(threading.get_ident())
+        time.sleep(0.002)
+        if place.endswith("150.svs"):
+            return FileNotFoundError(2, "No such file or directory")
+        return known
+
+    monkeypatch.setattr("pathopipe.cohort.manifest._stat", slow)
+    path = put(folder, "slide_id,path\n" + "".join(f"s{n},{n}.svs\n" for n in range(200)))
+    said = refused(path)
+    assert said.startswith("cohort.csv row 152: file ")
+    assert len(asked) == 200
+    assert len(set(asked)) > 1
 
 
 def test_damaged_utf_16(folder: Path) -> None:
