@@ -26,10 +26,12 @@ _JPEG_QUALITY: Final = 80
 _STYLE: Final = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.4rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; }
-th { font-weight: 600; border-bottom: 1px solid #bbb; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-article { border-top: 1px solid #ccc; padding: .7rem 0; display: grid; grid-template-columns: 3rem 1fr; }
-article > div:first-child { color: #777; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; } h1, td, article { overflow-wrap: anywhere; }
+th, td { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; }
+th { font-weight: 600; border-bottom: 1px solid #bbb; }
+th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; }
+article { border-top: 1px solid #ccc; padding: .7rem 0; display: grid; grid-template-columns: 3rem minmax(0, 1fr); }
+article > div:first-child { color: #666; font-variant-numeric: tabular-nums; }
 .ids { font-weight: 600; } .quiet { color: #666; } .was { text-decoration: line-through; color: #a33; }
 .now { font-weight: 600; color: #146c43; } ul { margin: .3rem 0 0; padding-left: 1.1rem; }
 figure { display: inline-block; margin: .4rem .5rem 0 0; } figcaption { font-size: .75rem; color: #666; }
@@ -159,7 +161,7 @@ def _article(number: int, one: Contradiction, shown: Evidence, pictures: Sequenc
         places = ", ".join(_place(tile) for tile in shown.tiles if tile.x_l0 is not None)
         lines.append(f"tiles: {places}" if places else "tiles: the features state no coordinates")
     figures = "".join(
-        f'<figure><img alt="tile" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}">'
+        f'<figure><img alt="tile, {_place(tile)}" src="data:image/jpeg;base64,{base64.b64encode(picture).decode()}">'
         f"<figcaption>{_place(tile)}</figcaption></figure>"
         for tile, picture in zip(shown.tiles, pictures, strict=False)
         if picture
