@@ -12,6 +12,7 @@ import typer
 
 import pathopipe
 from pathopipe.cli import (
+    cohort,
     demo,
     doctor,
     encoders,
@@ -20,6 +21,7 @@ from pathopipe.cli import (
     info,
     metadata,
     mil,
+    report,
     run,
     segment,
     segmenter,
@@ -27,6 +29,7 @@ from pathopipe.cli import (
     synth,
     verify,
 )
+from pathopipe.cli.receipts import recorded, recorded_app
 from pathopipe.errors import PathopipeError, UsageError
 
 __all__ = ["app", "main"]
@@ -56,12 +59,16 @@ app.command("info", short_help="What a slide says of itself.")(info.info)
 app.command("tissue", short_help="One stage: find the tissue of a slide.")(stages.tissue)
 app.command("tiles", short_help="One stage: lay the tile grid over the tissue.")(stages.tiles)
 app.command("embed", short_help="One stage: embed the tiles.")(stages.embed)
-app.command("segment", short_help="Objects of a slide: nuclei, cells; for QuPath.")(segment.segment)
-app.command("verify", short_help="Read every array; exit 0 if all is sound.")(verify.verify)
+app.command("segment", short_help="Objects of a slide: nuclei, glands, cells, tissue types; for QuPath.")(
+    recorded(segment.segment)
+)
+app.command("verify", short_help="Read every array; exit 0 if all is sound.")(recorded(verify.verify))
+app.command("report", short_help="One HTML page of an output folder.")(report.report)
 app.command("synth", short_help="Draw an H&E slide with known truth.")(synth.synth)
 app.command("doctor", short_help="What this machine has, and what is missing.")(doctor.doctor)
+app.add_typer(cohort.app, name="cohort")
 app.add_typer(encoders.app, name="encoders")
-app.add_typer(export.app, name="export")
+app.add_typer(recorded_app(export.app), name="export")
 app.add_typer(importing.app, name="import")
 app.add_typer(metadata.app, name="metadata")
 app.add_typer(mil.app, name="mil")
