@@ -103,6 +103,7 @@ class ClassicalNuclei:
             "min_um2": self.size.min_um2,
             "max_um2": self.size.max_um2,
             "max_extent_um": self.size.max_extent_um,
+            "usual_um2": self.size.usual_um2,
         }
 
     def maps(self, windows: NDArray[np.uint8]) -> NDArray[np.uint8]:

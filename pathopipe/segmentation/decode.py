@@ -21,6 +21,8 @@ DECODE_VERSION: Final = 1
 
 _SIZE = NucleusSize(min_um2=6.0, max_um2=700.0, max_extent_um=30.0, usual_um2=300.0)
 _NUCLEAR = 128
+_SURE = 0.75
+"""Least mean probability of a nucleus: what the network doubts all over is out of focus, debris or texture."""
 _GLAND = 128
 _BORDER = 128
 _LUMEN = 128
@@ -146,6 +148,10 @@ def _nuclei(plane: Mapping[str, Plane], task: TaskSpec, mpp: float) -> Instances
     nuclear = (inside >= _NUCLEAR).view(np.uint8)
     landscape = cv2.blur(distance, (3, 3), borderType=cv2.BORDER_REPLICATE)
     labels = part_landscape(landscape, nuclear, mpp, _SIZE)
+    kept = np.concatenate([[False], _mean_share(labels, inside, int(labels.max(initial=0))) >= _SURE])
+    number = np.cumsum(kept, dtype=np.int32)
+    number[~kept] = 0
+    labels = number[labels]
     found = _instances(labels, inside)
     if "nuclei.class" not in plane or not len(found.class_id):
         return found

@@ -1,10 +1,12 @@
 """Who writes to a slide: a file beside its store that names the process and shows that it is alive."""
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -106,8 +108,7 @@ class Claims:
         for _ in range(_TRIES):
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                if not self._create(path, token):
-                    self._clear_stale(path, slide_id)
+                if not self._create(path, token) and not self._take_over(path, slide_id, token):
                     continue
             except OSError as error:
                 raise StoreWriteError(f"{path}: can't be written ({error.strerror or error})") from error
@@ -131,56 +132,61 @@ class Claims:
 
     def _create(self, path: Path, token: str) -> bool:
         """Write the claim where there is none."""
-        pid = os.getpid()
-        holder = Holder(
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=pid,
-            started=_started(pid),
-            since=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
-            token=token,
-        )
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(asdict(holder)).encode())
+                file.write(_said(token))
         except OSError:
             path.unlink(missing_ok=True)
             raise
         return True
 
-    def _clear_stale(self, path: Path, slide_id: str) -> None:
-        """Move the claim of a dead process away; StoreBusyError where it lives."""
+    def _take_over(self, path: Path, slide_id: str, token: str) -> bool:
+        """Put the claim in the place of a dead process's; StoreBusyError where it lives."""
         try:
             seen = path.read_bytes()
         except FileNotFoundError:
-            return
+            return False
         holder = _parse(seen)
         if holder is not None and holder.machine == _machine():
             alive, sign = _started(holder.pid) == holder.started, ""
         else:
             age_s = self._age_s(path)
             if age_s is None:
-                return
+                return False
             alive, sign = age_s < self._dead_after_s, f"; last sign of life {age_s:.0f} s ago"
         if alive:
             who = str(holder) if holder is not None else "a process that has not said its name yet"
             raise StoreBusyError(
                 f"{slide_id}: another run is writing it ({who}{sign}); wait for it, then run again", slide_id=slide_id
             )
-        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+        # Of all that follow the same dead claim, one can give it this second name. The first name is never free in
+        # between, so nobody new slips in; and who comes late finds a living claim under both names, and lets it be.
+        second = path.with_name(f"{path.name}.{hashlib.sha256(seen).hexdigest()[:16]}")
         try:
-            path.rename(aside)
+            os.link(path, second)
         except FileNotFoundError:
-            return
-        # Whoever was quicker has put its own claim in the place of the dead one: that must not be lost.
-        if aside.read_bytes() != seen:
-            with contextlib.suppress(OSError):
-                os.link(aside, path)
-        aside.unlink()
+            return False
+        except FileExistsError:
+            # A process may have died right here.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - second.stat().st_ctime > self._dead_after_s:
+                    second.unlink()
+            time.sleep(0.01)
+            return False
+        own = path.with_name(f"{path.name}.{token[:8]}")
+        try:
+            if second.read_bytes() != seen:
+                return False
+            own.write_bytes(_said(token))
+            own.replace(path)
+        finally:
+            own.unlink(missing_ok=True)
+            second.unlink(missing_ok=True)
+        return True
 
     def _age_s(self, path: Path) -> float | None:
         """Seconds since the last sign of life, by the clock of the file system; None where the claim is gone."""
@@ -212,6 +218,20 @@ def claimed(out: Path, slide_id: str) -> Iterator[Claim]:
     """
     with Claims(out) as claims:
         yield claims.take(slide_id)
+
+
+def _said(token: str) -> bytes:
+    """What this process writes into a claim."""
+    pid = os.getpid()
+    holder = Holder(
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=pid,
+        started=_started(pid),
+        since=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"),
+        token=token,
+    )
+    return json.dumps(asdict(holder)).encode()
 
 
 def _slide_id(path: Path) -> str:

@@ -168,7 +168,7 @@ def rough_maps(side: int, spec: NetworkSpec) -> NDArray[np.uint8]:
     return maps_of(
         spec,
         (side, side),
-        nuclei_inside=field(5, -60, 300),
+        nuclei_inside=field(5, -700, 860),
         nuclei_distance=field(3, 0, 255),
         glands_inside=field(14, -60, 330),
         glands_border=field(4, -80, 300),
