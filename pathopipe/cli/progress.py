@@ -11,21 +11,19 @@ if TYPE_CHECKING:
 
     from pathopipe.pipeline import SlideOutcome
 
-__all__ = ["RunProgress", "WindowProgress", "describe_outcome", "format_table", "start_bar"]
+__all__ = ["BarProgress", "RunProgress", "WindowProgress", "describe_outcome", "format_table"]
 
 
-class RunProgress:
-    """Tells of slides and tiles as they are done."""
+class BarProgress:
+    """A bar on a terminal while it is entered, none elsewhere."""
 
-    def __init__(self, n_slides: int) -> None:
-        self._n_slides = n_slides
-        self._n_ended = 0
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._bar: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            self._bar = start_bar("tiles")
+            self._bar = _start_bar(self._what)
         return self
 
     def __exit__(
@@ -33,6 +31,23 @@ class RunProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def tell(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+class RunProgress(BarProgress):
+    """Tells of slides and tiles as they are done."""
+
+    def __init__(self, n_slides: int) -> None:
+        super().__init__("tiles")
+        self._n_slides = n_slides
+        self._n_ended = 0
+        self._tasks: dict[str, TaskID] = {}
 
     def on_tiles(self, slide_id: str, done: int, total: int) -> None:
         """Tiles of one slide are done."""
@@ -47,34 +62,19 @@ class RunProgress:
         self._n_ended += 1
         if self._bar is not None and outcome.slide_id in self._tasks:
             self._bar.remove_task(self._tasks.pop(outcome.slide_id))
-        line = f"[{self._n_ended}/{self._n_slides}] {describe_outcome(outcome)}"
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        self.tell(f"[{self._n_ended}/{self._n_slides}] {describe_outcome(outcome)}")
 
 
-class WindowProgress:
+class WindowProgress(BarProgress):
     """Tells of the windows of one slide: a bar on a terminal, a line every half minute elsewhere."""
 
     _EVERY_S = 30.0
 
     def __init__(self, slide_id: str) -> None:
+        super().__init__("windows")
         self._slide_id = slide_id
-        self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._told = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            self._bar = start_bar("windows")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def on_windows(self, done: int, total: int) -> None:
         """Some windows are done."""
@@ -84,11 +84,10 @@ class WindowProgress:
             self._bar.update(self._task, completed=done)
         elif time.monotonic() - self._told >= self._EVERY_S:
             self._told = time.monotonic()
-            print(f"{self._slide_id}: {done} of {total} windows", file=sys.stderr, flush=True)
+            self.tell(f"{self._slide_id}: {done} of {total} windows")
 
 
-def start_bar(what: str) -> "Progress":
-    """A bar on stderr, started."""
+def _start_bar(what: str) -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,18 +1,16 @@
 """``pathopipe segmenter train``: a segmentation network from labelled images, and its model card."""
 
-import sys
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pathopipe.cli.options import Device, Json
-from pathopipe.cli.progress import format_table
+from pathopipe.cli.progress import BarProgress, format_table
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import TaskID
 
     from pathopipe.segmentation.train import SegmenterSettings, Trained
     from pathopipe.segmentation.validate import Scores
@@ -56,7 +54,7 @@ def train(
     overrides = [*(settings or ()), *([f"train.device={device.value}"] if device is not None else [])]
     settled = read_settings(config, overrides)
     check_writable(out)
-    with _TrainProgress(settled.train.steps) as progress:
+    with _TrainProgress() as progress:
         trained = train_segmenter(
             settled,
             out,
@@ -98,44 +96,27 @@ def _describe(settings: "SegmenterSettings", trained: "Trained") -> str:
     return "\n".join(lines)
 
 
-class _TrainProgress:
+class _TrainProgress(BarProgress):
     """Tells of steps: a bar on a terminal, a line a minute elsewhere; and of every validation."""
 
     _EVERY_S = 60.0
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._bar: Progress | None = None
+    def __init__(self) -> None:
+        super().__init__("steps")
         self._task: TaskID | None = None
         self._told = time.monotonic()
 
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            from pathopipe.cli.progress import start_bar
-
-            self._bar = start_bar("steps")
-            self._task = self._bar.add_task("training", total=self._steps)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
     def on_step(self, step: int, steps: int, loss: float) -> None:
         """A step was taken."""
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task("training", total=steps)
             self._bar.update(self._task, completed=step, description=f"loss {loss:.3f}")
         elif time.monotonic() - self._told >= self._EVERY_S:
             self._told = time.monotonic()
-            print(f"step {step} of {steps}: loss {loss:.3f}", file=sys.stderr, flush=True)
+            self.tell(f"step {step} of {steps}: loss {loss:.3f}")
 
     def on_scores(self, step: int, scores: "Scores") -> None:
         """The network was tried on what was kept back."""
         found = ", ".join(f"{name} {value:.3f}" for name, value in scores.flat().items())
-        line = f"step {step}: mean {scores.mean:.3f}; {found}"
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        self.tell(f"step {step}: mean {scores.mean:.3f}; {found}")

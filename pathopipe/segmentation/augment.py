@@ -6,20 +6,18 @@ set holds; geometry is one affine map with mirrored edges, which count as not la
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pathopipe.segmentation.datasets import OBJECT_TASKS
 from pathopipe.segmentation.examples import Example
 from pathopipe.stain import HE_VECTORS, optical_density, rgb_of_density, unmix
 
 __all__ = ["Crop", "cut_crop", "restain", "whole_image"]
 
 Image = NDArray[np.uint8]
-
-_OBJECT_TASKS: Final = ("nuclei", "glands", "lumina")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +103,7 @@ def _warp(example: Example, linear: NDArray[np.float64], centre: NDArray[np.floa
 
     inside = nearest(np.ones(rgb.shape[:2], np.uint8), 0) > 0
     labels, known, classes = {}, {}, {}
-    for task in _OBJECT_TASKS:
+    for task in OBJECT_TASKS:
         if task not in example.labels:
             continue
         labels[task] = nearest(example.labels[task], 0).astype(np.int32)

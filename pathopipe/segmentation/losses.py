@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pathopipe.segmentation.targets import UNKNOWN
+from pathopipe.segmentation.examples import UNKNOWN
 
 __all__ = ["TASK_WEIGHT", "losses"]
 

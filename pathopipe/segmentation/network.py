@@ -23,10 +23,10 @@ from pathopipe.errors import UsageError
 from pathopipe.files import durable_file
 from pathopipe.records import ObjectClass
 from pathopipe.registry import nearest
+from pathopipe.segmentation.datasets import TASKS
 
 __all__ = [
     "STRIDE_PX",
-    "TASKS",
     "ClassSpec",
     "NetworkSpec",
     "SegmentationNetwork",
@@ -36,8 +36,6 @@ __all__ = [
     "save_network",
     "weights_sha256",
 ]
-
-TASKS: Final = ("nuclei", "glands", "lumina", "tissue_types")
 
 STRIDE_PX: Final = 32
 """Sides of what the network is given are multiples of this: the pixel of its coarsest features."""

@@ -7,12 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathopipe.segmentation.augment import Crop
+from pathopipe.segmentation.examples import UNKNOWN
 from pathopipe.segmentation.network import STRIDE_PX, NetworkSpec
 
-__all__ = ["UNKNOWN", "Targets", "border_target", "distance_target", "make_targets"]
-
-UNKNOWN = 255
-"""Class of pixels whose class is not known."""
+__all__ = ["Targets", "border_target", "distance_target", "make_targets"]
 
 _BORDER_PX = 3
 _MOST_TISSUE_TYPES = 31

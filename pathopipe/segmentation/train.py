@@ -22,7 +22,7 @@ from pathopipe.errors import PathopipeError, UsageError
 from pathopipe.files import durable_file
 from pathopipe.registry import nearest
 from pathopipe.segmentation.batches import Batch, Pool, iterate_batches
-from pathopipe.segmentation.datasets import DatasetSettings
+from pathopipe.segmentation.datasets import OBJECT_TASKS, DatasetSettings
 from pathopipe.segmentation.examples import Example, read_datasets, split_by_source
 from pathopipe.segmentation.losses import TASK_WEIGHT, losses
 from pathopipe.segmentation.network import (
@@ -376,7 +376,7 @@ def _telling(cases: Iterable[Case]) -> tuple[Case, ...]:
     """The best and the worst of each data set, by the first task that is labelled."""
     ranked: dict[str, list[tuple[float, Case]]] = {}
     for case in cases:
-        scores = [case.score(task) for task in ("nuclei", "glands", "lumina")]
+        scores = [case.score(task) for task in OBJECT_TASKS]
         score = next((one for one in scores if one is not None and math.isfinite(one)), None)
         if score is None:
             continue

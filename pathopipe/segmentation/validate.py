@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pathopipe.segmentation.augment import whole_image
+from pathopipe.segmentation.datasets import OBJECT_TASKS
 from pathopipe.segmentation.decode import instances_of, to_maps
 from pathopipe.segmentation.examples import Example
 from pathopipe.segmentation.metrics import Panoptic, overlap, panoptic
@@ -92,7 +93,7 @@ def examine(network: SegmentationNetwork, example: Example, *, device: torch.dev
     found = {name: one.labels for name, one in instances_of(maps, spec, spec.mpp).items()}
     truth: dict[str, NDArray[np.int32]] = {}
     overlap_px: dict[str, tuple[int, int]] = {}
-    for task in ("nuclei", "glands", "lumina"):
+    for task in OBJECT_TASKS:
         if task in found and task in crop.labels:
             known = crop.known[task]
             truth[task] = _dense(np.where(known, crop.labels[task], 0))

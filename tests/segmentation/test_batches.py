@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from pathopipe.segmentation.batches import Batch, Pool, iterate_batches, stack_targets
-from pathopipe.segmentation.examples import Example
+from pathopipe.segmentation.examples import UNKNOWN, Example
 from pathopipe.segmentation.network import ClassSpec, NetworkSpec, TaskSpec
-from pathopipe.segmentation.targets import UNKNOWN, make_targets
+from pathopipe.segmentation.targets import make_targets
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathopipe.segmentation.examples import UNKNOWN
 from pathopipe.segmentation.losses import TASK_WEIGHT, losses
-from pathopipe.segmentation.targets import UNKNOWN
 
 N, SIDE, CELLS, CLASSES, TYPES = 3, 64, 2, 3, 4
 Arrays = dict[str, NDArray[Any]]

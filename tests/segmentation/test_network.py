@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pathopipe.errors import UsageError
+from pathopipe.segmentation.datasets import TASKS
 from pathopipe.segmentation.network import (
     STRIDE_PX,
-    TASKS,
     ClassSpec,
     NetworkSpec,
     SegmentationNetwork,

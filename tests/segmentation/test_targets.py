@@ -9,8 +9,9 @@ from scipy import ndimage
 from skimage.segmentation import find_boundaries
 
 from pathopipe.segmentation.augment import Crop
+from pathopipe.segmentation.examples import UNKNOWN
 from pathopipe.segmentation.network import ClassSpec, NetworkSpec, TaskSpec
-from pathopipe.segmentation.targets import UNKNOWN, border_target, distance_target, make_targets
+from pathopipe.segmentation.targets import border_target, distance_target, make_targets
 
 SIDE = 96
 
