@@ -12,7 +12,8 @@ from pathopipe.cli.progress import BarProgress, format_table
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from pathopipe.segmentation.train import SegmenterSettings, Trained
+    from pathopipe.segmentation.settings import SegmenterSettings
+    from pathopipe.segmentation.train import Trained
     from pathopipe.segmentation.validate import Scores
 
 __all__ = ["train"]
@@ -47,13 +48,17 @@ def train(
     """
     import json
 
+    import cv2
+
     from pathopipe.cluster import check_writable, usable_cores
     from pathopipe.report.segmenter import write_card
-    from pathopipe.segmentation.train import read_settings, train_segmenter
+    from pathopipe.segmentation.settings import read_settings
+    from pathopipe.segmentation.train import train_segmenter
 
     overrides = [*(settings or ()), *([f"train.device={device.value}"] if device is not None else [])]
     settled = read_settings(config, overrides)
     check_writable(out)
+    cv2.setNumThreads(1)  # crops are made beside torch; threads of their own that wait for work take its cores away
     with _TrainProgress() as progress:
         trained = train_segmenter(
             settled,

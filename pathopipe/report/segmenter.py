@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pathopipe.files import durable_file
 from pathopipe.report.thumbnail import write_png
-from pathopipe.segmentation.train import SegmenterSettings, Trained
+from pathopipe.segmentation.settings import SegmenterSettings
+from pathopipe.segmentation.train import Trained
 from pathopipe.segmentation.validate import Case
 
 __all__ = ["draw_cases", "write_card"]

@@ -1,5 +1,6 @@
 """What a network's maps lack of their targets; tasks that are not labelled add nothing."""
 
+import math
 from typing import Final
 
 import torch
@@ -21,6 +22,7 @@ TASK_WEIGHT: Final = {
 """Weight of each loss in their sum."""
 
 _DICE_EPS = 1.0
+_LEAST_SHARE = 1e-4
 
 
 def losses(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,7 +92,7 @@ def _add_tissue(found: dict[str, Tensor], logits: Tensor, targets: dict[str, Ten
     if known.any():
         allowed = (cells[:, None] >> bit[:, None, None]) & 1
         mass = (share * allowed).sum(1)
-        parts.append(-(mass.clamp_min(1e-4).log() * known).sum() / known.sum())
+        parts.append(-(_log(mass) * known).sum() / known.sum())
     whole = targets["tissue_whole"]  # (n,) bits
     if (whole > 0).any():
         weight = targets["tissue_weight"].flatten(1)
@@ -101,6 +103,11 @@ def _add_tissue(found: dict[str, Tensor], logits: Tensor, targets: dict[str, Ten
         counts = weight * (rank < (weight.sum(1, keepdim=True) / 2).ceil())
         mean = (mass * counts).sum(1) / counts.sum(1).clamp_min(1)
         labelled = whole > 0
-        parts.append(-(mean.clamp_min(1e-4).log() * labelled).sum() / labelled.sum())
+        parts.append(-(_log(mean) * labelled).sum() / labelled.sum())
     if parts:
         found["tissue_types"] = torch.stack(parts).sum()
+
+
+def _log(share: Tensor) -> Tensor:
+    """Logarithm that is finite and smooth at 0: a label that the network all but rules out draws little."""
+    return (share + _LEAST_SHARE).log() - math.log1p(_LEAST_SHARE)

@@ -1,161 +1,40 @@
 """Trains a segmentation network on data sets with different labels; goes on after any kill."""
 
-import hashlib
-import io
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from pathopipe.config import read_yaml
 from pathopipe.embeddings.precision import cpu_has_bf16
 from pathopipe.errors import PathopipeError, UsageError
-from pathopipe.files import durable_file
-from pathopipe.registry import nearest
 from pathopipe.segmentation.batches import Batch, Pool, iterate_batches
+from pathopipe.segmentation.checkpoint import (
+    Progress,
+    cut_log,
+    digest_images,
+    forget_checkpoint,
+    log_row,
+    read_checkpoint,
+    write_checkpoint,
+)
 from pathopipe.segmentation.datasets import OBJECT_TASKS, DatasetSettings
 from pathopipe.segmentation.examples import Example, read_datasets, split_by_source
 from pathopipe.segmentation.losses import TASK_WEIGHT, losses
-from pathopipe.segmentation.network import (
-    ClassSpec,
-    NetworkSpec,
-    SegmentationNetwork,
-    TaskSpec,
-    load_network,
-    save_network,
-)
+from pathopipe.segmentation.network import SegmentationNetwork, load_network, save_network
+from pathopipe.segmentation.settings import SegmenterSettings, TrainSettings
 from pathopipe.segmentation.validate import Case, Scores, examine, validate
 
-__all__ = ["NotFiniteLossError", "SegmenterSettings", "TrainSettings", "Trained", "read_settings", "train_segmenter"]
+__all__ = ["NotFiniteLossError", "Trained", "train_segmenter"]
 
-_CHECKPOINT: Final = "checkpoint.pt"
-_LOG: Final = "log.jsonl"
 _WEIGHTS: Final = "weights.safetensors"
 _CASES: Final = 3
 """Images of each data set that are kept as good cases, and as bad ones."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class TrainSettings(_Frozen):
-    """How a network is trained."""
-
-    steps: int = Field(default=3000, ge=1)
-    """Batches that it learns from."""
-    batch_size: int = Field(default=16, ge=1)
-    crop_px: int = Field(default=256, ge=64, multiple_of=64)
-    """Side of a crop at the network's resolution."""
-    learning_rate: float = Field(default=2e-3, gt=0)
-    """The highest; it rises over ``warmup_steps`` and falls along a cosine."""
-    weight_decay: float = Field(default=0.02, ge=0)
-    warmup_steps: int = Field(default=150, ge=0)
-    ema: float = Field(default=0.998, ge=0, lt=1)
-    """The network that is kept is the running mean of the weights; this is how much of it stays at each step."""
-    stain: float = Field(default=1.0, ge=0, le=3)
-    """How far the stain of crops is varied."""
-    holdout: float = Field(default=0.15, ge=0, lt=1)
-    """Share of each data set's sources that is kept back to choose by; 0 keeps the last network."""
-    validate_every: int = Field(default=500, ge=1)
-    patience: int = Field(default=6, ge=1)
-    """Validations without a better one after which training ends."""
-    teach_from: int | None = Field(default=None, ge=1)
-    """From this step on, the running mean tells nuclei where a data set does not: self-training."""
-    teach_weight: float = Field(default=0.5, gt=0, le=2)
-    checkpoint_every: int = Field(default=100, ge=1)
-    """Steps that a kill can lose."""
-    threads: int = Field(default=1, ge=1, le=64)
-    """Threads that make crops."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """``auto`` is bf16 where the processor or GPU has it."""
-    seed: int = Field(default=0, ge=0)
-    backbone_weights: Path | None = None
-    """State of the backbone to begin with, ``.safetensors`` or ``.pt``: that of a foundation model, for example."""
-    freeze_backbone: bool = False
-    """Leave the backbone as it is, and train decoders alone."""
-
-
-class SegmenterSettings(_Frozen):
-    """What a training configuration holds."""
-
-    name: str = Field(pattern=r"^[a-z0-9._-]+$")
-    """Of the model; it stands in stores and on the model card."""
-    network: NetworkSpec
-    train: TrainSettings = TrainSettings()
-    datasets: tuple[DatasetSettings, ...] = Field(min_length=1)
-
-
-def read_settings(path: Path, overrides: Sequence[str] = ()) -> SegmenterSettings:
-    """Read a training configuration.
-
-    Args:
-        path: A YAML file.
-        overrides: ``key.key=value``, as on a command line.
-
-    Raises:
-        UsageError: The file can't be read, a key is unknown, or a value is out of range.
-    """
-    said = read_yaml(path)
-    if not isinstance(said, dict):
-        raise UsageError(f"{path}: want name, network and datasets as a YAML mapping; see configs/segmenter.yaml")
-    for override in overrides:
-        keys, is_given, text = override.partition("=")
-        if not is_given:
-            raise UsageError(f"--set {override}: want KEY=VALUE, such as train.steps=500")
-        place = said
-        *above, last = keys.split(".")
-        for key in above:
-            inner = place.setdefault(key, {})
-            if not isinstance(inner, dict):
-                raise UsageError(f"--set {override}: '{key}' is no section")
-            place = inner
-        try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {override}: no YAML value ({' '.join(str(error).split())})") from None
-    try:
-        return SegmenterSettings.model_validate(said)
-    except ValidationError as error:
-        said = [one["loc"] for one in error.errors()]
-        # A list whose entries are wrong counts as too short as well.
-        told = [
-            one
-            for one in error.errors()
-            if one["type"] != "too_short"
-            or not any(len(loc) > len(one["loc"]) and loc[: len(one["loc"])] == one["loc"] for loc in said)
-        ]
-        raise UsageError(f"{path}: " + "; ".join(_explain(one) for one in told)) from None
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
-    where = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        sections: dict[str, type[BaseModel]] = {"network": NetworkSpec, "train": TrainSettings}
-        section = sections.get(location[0], SegmenterSettings) if len(location) > 1 else SegmenterSettings
-        deeper: dict[int, type[BaseModel]] = {
-            4: TaskSpec,
-            6: ClassSpec,
-        }  # network.tasks.0.key and network.tasks.0.classes.0.key
-        known = deeper.get(len(location), section).model_fields
-        return f"unknown key '{where}'; {nearest(location[-1], known)}"
-    if error["type"] == "missing":
-        return f"{where} is missing; see configs/segmenter.yaml"
-    if error["type"] == "value_error":
-        # What a data set says of itself names it already.
-        return str(error["ctx"]["error"]) if location[0] == "datasets" else f"{where}: {error['ctx']['error']}"
-    return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
 
 
 class NotFiniteLossError(PathopipeError, ArithmeticError):
@@ -205,16 +84,23 @@ def train_segmenter(
         on_scores: Told of each validation.
 
     Raises:
-        UsageError: Data sets or settings are wrong, or ``out`` holds the training of other settings.
+        UsageError: Data sets or settings are wrong, or ``out`` holds the training of other settings or on
+            other images.
         NotFiniteLossError: A loss is not finite; the samples of that step are named.
     """
     started = time.perf_counter()
     spec, train = settings.network, settings.train
     device = _device(train.device)
     out.mkdir(parents=True, exist_ok=True)
-    state = None if fresh else _read_checkpoint(out, settings)
+    state = None if fresh else read_checkpoint(out, settings)
     tasks = {task.name: tuple(one.name for one in task.classes) for task in spec.tasks}
     examples = read_datasets([_placed(dataset, data) for dataset in settings.datasets], tasks)
+    images = digest_images(examples)
+    if state is not None and state.get("images") != images:
+        raise UsageError(
+            f"{out}: holds a training on other images or labels than those in this folder of data; give another "
+            "--out, or start anew with --fresh"
+        )
     learnt, kept_back = _split(settings, examples)
     pools = _pools(settings, learnt)
 
@@ -230,16 +116,16 @@ def train_segmenter(
     mean.load_state_dict(network.state_dict())
     mean.eval()
     optimizer = torch.optim.AdamW(_parameter_groups(network, train.weight_decay), lr=train.learning_rate)
-    progress = _Progress()
+    progress = Progress()
     if state is not None:
         network.load_state_dict(state["network"])
         mean.load_state_dict(state["mean"])
         optimizer.load_state_dict(state["optimizer"])
-        progress = _Progress(**state["progress"])
+        progress = Progress(**state["progress"])
     if fresh:
         # Stopped before its first checkpoint, the new training must not go on from the old one's.
-        (out / _CHECKPOINT).unlink(missing_ok=True)
-    _cut_log(out, progress.step)
+        forget_checkpoint(out)
+    cut_log(out, progress.step)
     autocast = _autocast(device, train.precision)
 
     batches = iterate_batches(
@@ -278,7 +164,7 @@ def train_segmenter(
         if kept_back and (progress.step % train.validate_every == 0 or is_last):
             scores = validate(mean, kept_back, device=device, autocast=autocast)
             on_scores(progress.step, scores)
-            _log(out, {"step": progress.step, "loss": round(loss.item(), 5), "scores": scores.flat()})
+            log_row(out, {"step": progress.step, "loss": round(loss.item(), 5), "scores": scores.flat()})
             # Where what is kept back has no score (drawn tissue alone, say), the last network is as good as any.
             if scores.mean > progress.best or not scores.by_task:
                 progress.best, progress.best_step, progress.worse = scores.mean, progress.step, 0
@@ -288,9 +174,9 @@ def train_segmenter(
                 progress.worse += 1
                 progress.ended = progress.worse >= train.patience
         elif progress.step % 50 == 0:
-            _log(out, {"step": progress.step, "loss": round(loss.item(), 5), "losses": parts})
+            log_row(out, {"step": progress.step, "loss": round(loss.item(), 5), "losses": parts})
         if progress.step % train.checkpoint_every == 0 or is_last or progress.ended:
-            _write_checkpoint(out, settings, network, mean, optimizer, progress)
+            write_checkpoint(out, settings, images, network, mean, optimizer, progress)
         if progress.ended:
             break
     batches.close()  # type: ignore[attr-defined]
@@ -315,22 +201,6 @@ def train_segmenter(
         scores=Scores.from_flat(progress.scores),
         stopped_early=progress.step < train.steps,
     )
-
-
-@dataclass(slots=True)
-class _Progress:
-    """What a checkpoint knows beside weights."""
-
-    step: int = 0
-    best: float = -math.inf
-    best_step: int = 0
-    worse: int = 0
-    """Validations since the best."""
-    ended: bool = False
-    scores: dict[str, float] = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        self.scores = self.scores or {}
 
 
 def _device(asked: str) -> torch.device:
@@ -454,72 +324,6 @@ def _listed(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in parts.items())
 
 
-def _log(out: Path, row: Mapping[str, Any]) -> None:
-    with (out / _LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _cut_log(out: Path, step: int) -> None:
-    """Drop the rows of steps that will be taken again, and one that was cut short."""
-    path = out / _LOG
-    if not path.exists():
-        return
-    whole = [row for row in path.read_text(encoding="utf-8").splitlines(keepends=True) if row.endswith("\n")]
-    kept = [row for row in whole if json.loads(row)["step"] <= step]
-    with durable_file(path) as file:
-        file.write("".join(kept).encode())
-
-
-def _write(network: SegmentationNetwork, settings: SegmenterSettings, out: Path, progress: _Progress) -> None:
+def _write(network: SegmentationNetwork, settings: SegmenterSettings, out: Path, progress: Progress) -> None:
     about = {"name": settings.name, "step": str(progress.best_step), "scores": json.dumps(progress.scores)}
     save_network(network, out / _WEIGHTS, extra=about)
-
-
-def _digest(settings: SegmenterSettings) -> str:
-    """What decides the weights; where they are computed does not."""
-    said = settings.model_dump(mode="json")
-    for key in ("threads", "device", "checkpoint_every"):
-        del said["train"][key]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _write_checkpoint(
-    out: Path,
-    settings: SegmenterSettings,
-    network: nn.Module,
-    mean: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: _Progress,
-) -> None:
-    state = {
-        "settings": _digest(settings),
-        "network": network.state_dict(),
-        "mean": mean.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": {
-            "step": progress.step,
-            "best": progress.best,
-            "best_step": progress.best_step,
-            "worse": progress.worse,
-            "ended": progress.ended,
-            "scores": progress.scores,
-        },
-    }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with durable_file(out / _CHECKPOINT) as file:
-        file.write(buffer.getbuffer())
-
-
-def _read_checkpoint(out: Path, settings: SegmenterSettings) -> dict[str, Any] | None:
-    path = out / _CHECKPOINT
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160] or "it is empty"
-        raise UsageError(f"{path}: can't be read ({reason}); start anew with --fresh") from None
-    if not isinstance(state, dict) or state.get("settings") != _digest(settings):
-        raise UsageError(f"{out}: holds a training with other settings; give another --out, or start anew with --fresh")
-    return state

@@ -171,9 +171,37 @@ def _tissues(canvas: Canvas, optics: Optics) -> Nuclei:
         vessels = draw_vessels(canvas, held & (canvas.glands == 0), int(rng.integers(1, 6)))
         free = ~canvas.at(canvas.void, outside.x, outside.y).astype(bool)
         outside = joined_nuclei([outside.take(free), vessels])
+    if rng.random() < 0.35:
+        _rifts(canvas)
+        outside = outside.take(~canvas.at(canvas.void, outside.x, outside.y).astype(bool))
     if optics.stain == "dab":
         outside = _with_dab(canvas, outside)
     return outside
+
+
+def _rifts(canvas: Canvas) -> None:
+    """Clefts and holes of the section, empty or with a little fluid: never glands, though they are white and edged."""
+    rng, scale = canvas.rng, canvas.px_per_um
+    if rng.random() < 0.5:  # clefts along level lines, wider here and narrower there
+        line = np.abs(canvas.noise(rng.uniform(25, 90))) - np.float32(rng.uniform(0.03, 0.25))
+        torn = line + np.float32(0.15) * canvas.noise(rng.uniform(6, 20)) < 0
+        torn &= canvas.noise(rng.uniform(40, 120)) > rng.uniform(-0.5, 0.8)
+    else:  # rounded holes, from those of oedema to burst fat
+        height = canvas.noise(rng.uniform(6, 45)) + np.float32(rng.uniform(0, 0.2)) * canvas.noise(4)
+        torn = height > rng.uniform(0.5, 1.6)
+    wanted = ("Stroma", "Muscle", "Lymphoid", "Fat", "Necrosis", "Mucin")
+    held = np.isin(canvas.tissue, [TISSUE_CLASSES.index(name) for name in wanted]) | (canvas.tissue == UNKNOWN)
+    torn &= held & (canvas.glands == 0) & ~canvas.void
+    hole = soft(torn, rng.uniform(0.2, 0.8) * scale)
+    rim = np.clip(soft(torn, 1.5 * scale) - hole, 0, 1) * np.float32(rng.choice([0.0, rng.uniform(0.2, 1.0)]))
+    canvas.eosin *= 1 + rim  # tissue draws together at an edge
+    fluid = rng.choice([0.0, rng.uniform(0.01, 0.12)])
+    canvas.mix(hole, haem=0.0, eosin=np.float32(fluid) * np.clip(1 + 0.3 * canvas.noise(3), 0, 2))
+    canvas.other *= 1 - hole[..., None]
+    canvas.void |= hole > 0.4
+    # What a cell of the tissue map is called does not hang on a crack; a wide hole is nothing.
+    wide = cv2.erode(torn.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=max(round(5 * scale), 1))
+    canvas.tissue[cv2.dilate(wide, np.ones((3, 3), np.uint8), iterations=max(round(5 * scale), 1)) > 0] = UNKNOWN
 
 
 def _outside_glands(canvas: Canvas, nuclei: Nuclei) -> Nuclei:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from pathopipe.report.segmenter import draw_cases, write_card
 from pathopipe.segmentation.metrics import overlap, panoptic
-from pathopipe.segmentation.train import SegmenterSettings, Trained
+from pathopipe.segmentation.settings import SegmenterSettings
+from pathopipe.segmentation.train import Trained
 from pathopipe.segmentation.validate import Case, Scores
 
 TRUTH, FOUND = (0, 190, 70), (255, 215, 0)

@@ -1,6 +1,7 @@
 """Training: it learns, goes on after any kill to the same weights, and stops with clear words."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,8 @@ from torch import Tensor
 from pathopipe.errors import UsageError
 from pathopipe.segmentation import train
 from pathopipe.segmentation.network import SegmentationNetwork, load_network
-from pathopipe.segmentation.train import (
-    NotFiniteLossError,
-    SegmenterSettings,
-    Trained,
-    read_settings,
-    train_segmenter,
-)
+from pathopipe.segmentation.settings import SegmenterSettings, read_settings
+from pathopipe.segmentation.train import NotFiniteLossError, Trained, train_segmenter
 from pathopipe.segmentation.validate import Scores
 
 NUCLEI = {"name": "nuclei", "classes": [{"name": "Nucleus", "color": [70, 90, 220]}]}
@@ -206,7 +202,8 @@ _PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from pathopipe.segmentation.train import read_settings, train_segmenter
+from pathopipe.segmentation.settings import read_settings
+from pathopipe.segmentation.train import train_segmenter
 torch.set_num_threads(1)
 out, data = Path(sys.argv[1]), Path(sys.argv[2])
 train_segmenter(read_settings(data / "settings.yaml"), out, data=data, on_step=lambda *told: print(*told, flush=True))
@@ -253,6 +250,17 @@ def test_other_settings_are_refused(undisturbed: tuple[Path, Trained, list[float
             train_segmenter(other, out, data=data)
     # What does not decide the weights may differ.
     train_segmenter(settings_of(threads=3, checkpoint_every=7, device="auto"), out, data=data, on_step=kill_at(1))
+
+
+def test_other_images_are_refused(undisturbed: tuple[Path, Trained, list[float]], data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    picture = other / "images" / "p0.png"
+    rgb = np.array(Image.open(picture))
+    rgb[0, 0] ^= 1
+    Image.fromarray(rgb).save(picture)
+    with pytest.raises(UsageError, match=r"holds a training on other images or labels .*--fresh"):
+        train_segmenter(settings_of(), undisturbed[0], data=other)
 
 
 def test_fresh_forgets_at_once(undisturbed: tuple[Path, Trained, list[float]], data: Path, tmp_path: Path) -> None:
