@@ -1,4 +1,4 @@
-"""Networks on the CPU in fp32, bf16 autocast and bf16 weights, through the encoder that runs them.
+"""Networks on the CPU in fp32, bf16 autocast, bf16 weights and OpenVINO, through the encoder that runs them.
 
     python benchmarks/precision.py [--architectures vit_small_patch16_224,resnet50] [--batches 2] [--rounds 5]
 
@@ -8,6 +8,7 @@ machine only adds; the CPU time is that of all threads. The cosine is the least 
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import time
@@ -15,6 +16,7 @@ import time
 import numpy as np
 
 from pathopipe.config import load_config
+from pathopipe.embeddings.catalog import find_encoder
 from pathopipe.embeddings.embed import Encoder, build_encoder
 from pathopipe.embeddings.precision import cpu_has_bf16, least_cosine
 from pathopipe.synth import DrawnSlide, SynthSpec
@@ -59,10 +61,15 @@ def main() -> None:
 
 def build(architecture: str, threads: int) -> list[Encoder]:
     """The same network in each precision; ``auto`` is bf16 weights or, where the CPU lacks it, fp32 again."""
-    configs = [
-        load_config(None, [f"embed.precision={asked}", "embed.device=cpu"]) for asked in ("fp32", "bf16", "auto")
-    ]
-    return [build_encoder(f"timm.{architecture}", c.embed, mpp=(0.5, 0.5), threads=threads) for c in configs]
+    ways = [("torch", asked) for asked in ("fp32", "bf16", "auto")]
+    if importlib.util.find_spec("openvino"):
+        ways += [("openvino", "fp32"), ("openvino", "auto")]
+    spec = find_encoder(f"timm.{architecture}")
+    encoders = []
+    for engine, asked in ways:
+        config = load_config(None, [f"embed.engine={engine}", f"embed.precision={asked}", "embed.device=cpu"])
+        encoders.append(build_encoder(spec, config.embed, mpp=(0.5, 0.5), threads=threads))
+    return encoders
 
 
 def draw_tiles(n: int) -> np.ndarray:

@@ -41,6 +41,10 @@ class SlideConfig(_Section):
 
     mpp: float | None = Field(default=None, ge=0.05, le=50)
     """Micrometres per level-0 pixel for slides that do not state theirs; overrides the file, not the manifest."""
+    cache_dir: Path | None = None
+    """Folder for the copies of slides that are read from URLs; ``~/.cache/pathopipe/slides`` when left out."""
+    cache_gb: float = Field(default=50, gt=0)
+    """Most gigabytes (10^9 bytes) that these copies take up; those that were not used for longest go first."""
 
 
 class TissueConfig(_Section):
@@ -159,6 +163,8 @@ class EmbedConfig(_Section):
     """Arithmetic of networks; ``bf16`` and ``fp16`` are autocast. ``auto`` is bf16 weights on a CPU that has bf16
     arithmetic (fp32 if they don't agree with it), fp32 on other CPUs, and on a GPU the autocast that the encoder's
     authors use (bf16 for ``timm.`` encoders where the GPU has it)."""
+    engine: Literal["torch", "openvino"] = "torch"
+    """What computes networks. ``openvino`` (an extra) compiles them for the CPU: convolutional ones gain."""
     read_threads: int | None = Field(default=None, ge=1, le=256)
     """Threads that read tiles; the number of usable cores when left out."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

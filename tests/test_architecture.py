@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "pathopipe"
 
 FLOORS = (
     ("errors", "registry"),
+    ("remote",),
     ("files",),
     ("geometry", "config", "stain", "geojson"),
     ("records",),
@@ -49,6 +50,8 @@ HOMES = {
     "anndata": {"export/tables.py"},
     "huggingface_hub": {"embeddings/"},
     "open_clip": {"embeddings/"},
+    "openvino": {"embeddings/openvino.py"},
+    "obstore": {"remote.py", "store/"},
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pathopipe.config import EmbedConfig
 from pathopipe.embeddings.networks import EncoderNetwork, build_network, input_px, load_remote, timm_recipe
+from pathopipe.embeddings.openvino import CompiledNetwork
 from pathopipe.embeddings.precision import (
     LEAST_COSINE,
     Precision,
@@ -62,7 +63,8 @@ class NetworkEncoder:
         """Build the network and load its weights.
 
         Where ``auto`` means bf16 weights, they are tried on a few drawn tiles first: unless every vector's cosine to
-        that of fp32 is above 0.999, the network stays in fp32 and a warning is logged.
+        that of fp32 is above 0.999, the network stays in fp32 and a warning is logged. What OpenVINO computes is
+        tried in the same way.
 
         Args:
             spec: Its row. A bare architecture of timm gets random weights where the config names none.
@@ -74,21 +76,29 @@ class NetworkEncoder:
             EncoderError: It can't be built here, there are no weights, or they don't fit; the message names the keys.
         """
         self._name = spec.name
-        self.device = _choose_device(config.device)
+        self.device = _choose_device(config.device if config.engine == "torch" else _device_of_openvino(config))
         self._lane: _Lane = _CudaLane(self.device) if self.device.type == "cuda" else _HostLane()
         self.ahead = self._lane.ahead
         is_bare = spec.transform is None
         loaded = _load(spec, config, download=download)
         transform = spec.transform or timm_recipe(loaded.model.network)
         spec = spec.model_copy(update={"transform": transform})
-        self._model: nn.Module = loaded.model.eval().requires_grad_(False).to(self.device)
+        model = loaded.model.eval().requires_grad_(False).to(self.device)
+        self._model: Callable[[Tensor], Tensor] = model
         self._transform = TileTransform(transform, self.device)
         # Most networks take tiles of any size; those that don't resize are tried on their own.
         self._check_px = spec.tile_px if transform.resize == "none" else 256
         self._largest_batch: int | None = None
         chosen = choose_precision(config.precision, self.device, None if is_bare else spec.precision)
-        self.precision: Precision = "fp32" if chosen == "bf16 weights" else chosen
-        cosine = self._try_bf16_weights() if chosen == "bf16 weights" else None
+        cosine: float | None = None
+        if config.engine == "openvino":
+            self.precision: Precision = "fp32"
+            cosine = self._compile(model, bf16=chosen != "fp32")
+        elif chosen == "bf16 weights":
+            self.precision = "fp32"
+            cosine = self._try(lambda: with_bf16_weights(model), "bf16 weights")
+        else:
+            self.precision = chosen
         side_px = input_px(spec)
         self.features = self.encode(np.zeros((1, side_px, side_px, 3), np.uint8)).shape[1]
         if not is_bare and self.features != spec.features:
@@ -119,7 +129,7 @@ class NetworkEncoder:
             "device": self.device.type,
             "torch": torch.__version__,
             "versions": _versions(),
-            # Of bf16 weights, also where they were turned down; None where they were not tried.
+            # Of bf16 weights, also where they were turned down, and of OpenVINO; None where neither was tried.
             "least_cosine_to_fp32": round(cosine, 6) if cosine is not None else None,
             "warning": None if loaded.file else "random weights: for timing and tests, not for science",
         }
@@ -175,11 +185,27 @@ class NetworkEncoder:
             features: Tensor = self._model(batch)
         return features.float()
 
-    def _try_bf16_weights(self) -> float | None:
-        """Go over to bf16 weights if they agree with fp32; the least cosine, None where there is no number."""
+    def _compile(self, model: nn.Module, *, bf16: bool) -> float | None:
+        """Go over to OpenVINO; the least cosine to torch in fp32, None where there is no number."""
+
+        def compiled(*, bf16: bool) -> CompiledNetwork:
+            return CompiledNetwork(model, name=self._name, bf16=bf16, threads=torch.get_num_threads())
+
+        cosine = self._try(lambda: compiled(bf16=True), "openvino bf16") if bf16 else None
+        if self.precision != "openvino bf16":
+            cosine = self._try(lambda: compiled(bf16=False), "openvino fp32")
+        if self.precision == "fp32":
+            raise EncoderError(
+                f"{self._name}: OpenVINO's vectors are not those of torch, see the warning above; "
+                "use embed.engine=torch"
+            )
+        return cosine
+
+    def _try(self, make: Callable[[], Callable[[Tensor], Tensor]], precision: Precision) -> float | None:
+        """Go over to another way of computing if it agrees with fp32; the least cosine, None where it is no number."""
         tiles = check_tiles(self._check_px)
         full_model, full = self._model, self.encode(tiles)
-        self._model, self.precision = with_bf16_weights(full_model), "bf16 weights"
+        self._model, self.precision = make(), precision
         try:
             cosine = least_cosine(full, self.encode(tiles))
             reason = f"the least cosine to fp32 is {cosine:.6f}, not above {LEAST_COSINE:g}"
@@ -187,7 +213,7 @@ class NetworkEncoder:
             cosine, reason = math.nan, " ".join(str(error).split())[:200]
         if not cosine > LEAST_COSINE:
             self._model, self.precision = full_model, "fp32"
-            logger.warning("%s: runs in fp32, for bf16 weights won't do here (%s)", self._name, reason)
+            logger.warning("%s: runs in fp32, for %s won't do here (%s)", self._name, precision, reason)
         return cosine if math.isfinite(cosine) else None
 
 
@@ -257,6 +283,14 @@ class _CudaLane:
             return np.asarray(values.numpy())
 
         return wait
+
+
+def _device_of_openvino(config: EmbedConfig) -> str:
+    if config.device == "cuda":
+        raise UsageError("embed.engine=openvino is for CPUs; leave embed.device=cuda out, or use embed.engine=torch")
+    if config.precision == "fp16":
+        raise UsageError("embed.engine=openvino computes in bf16 or fp32; leave embed.precision=fp16 out")
+    return "cpu"
 
 
 def _choose_device(asked: str) -> torch.device:
@@ -337,5 +371,8 @@ def _network_digest(spec: EncoderSpec) -> str:
 
 def _versions() -> dict[str, str]:
     """Of the libraries that networks are made of, those that are in use."""
-    found = {name: getattr(sys.modules.get(name), "__version__", "") for name in ("timm", "transformers", "open_clip")}
+    found = {
+        name: getattr(sys.modules.get(name), "__version__", "")
+        for name in ("timm", "transformers", "open_clip", "openvino")
+    }
     return {name: version for name, version in found.items() if version}

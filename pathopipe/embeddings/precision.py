@@ -28,8 +28,8 @@ Asked = Literal["auto", "fp32", "bf16", "fp16"]
 Native = Literal["fp32", "bf16", "fp16"]
 """Autocast that the authors of an encoder use on a GPU."""
 
-Precision = Literal["fp32", "bf16 autocast", "fp16 autocast", "bf16 weights"]
-"""What an encoder's identity says. The three kinds of half precision give different numbers, so no two are mixed."""
+Precision = Literal["fp32", "bf16 autocast", "fp16 autocast", "bf16 weights", "openvino fp32", "openvino bf16"]
+"""What an encoder's identity says. All of these give different numbers, so no two are mixed."""
 
 LEAST_COSINE = 0.999
 """Vectors of bf16 weights must be nearer to those of fp32 than this, each of them."""
