@@ -1,16 +1,18 @@
 """What Dask costs and brings: two workers against one, the overhead of a slide, the memory of the scheduler.
 
-    python benchmarks/cluster.py [--slides 200] [--rounds 3] [--large 8] [--empty 2000]
+    python benchmarks/cluster.py [--large 8] [--rounds 3] [--slides 200] [--side-px 4000] [--empty 2000]
 
 One drawn slide stands for many: they are hard links to it. A scheduler and its workers are processes of their own that
-live through a whole part, so that starting them is not measured. Each table has its baseline in the same run.
+live through a whole part, so that starting them is not measured. Each table has its baseline in the same run; 0 leaves
+a part out.
 
 1. Throughput: ``--large`` slides of 6,000 px, with one worker and with two, in turn; each worker reads with one thread.
-2. Overhead: ``--slides`` slides of 4,000 px with one worker, against the same slides in this process. A slide's seconds
-   in this process, less its computing, and what Dask adds. Computing is finding tissue, decoding, features, pictures:
-   all but opening and writing files.
-3. What a long cohort costs the scheduler and this process, in processor time and memory: ``--empty`` slides whose
-   stages do nothing, so that only tasks, claims and book-keeping are left.
+2. Overhead: ``--slides`` slides of ``--side-px`` with one worker, against the same slides in this process, 20 and
+   20 in turn. Beside wall time stands processor time, of this process, the scheduler and the worker, which a busy
+   machine changes less. What Dask adds is the same for small slides, which show it sooner. Files are opened, written
+   and synced on either way: what that takes is timed in this process.
+3. What a long cohort costs the scheduler, this process and the worker, in processor time and memory: ``--empty`` slides
+   whose stages do nothing, so that only tasks, claims and book-keeping are left.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -35,12 +38,14 @@ from pathopipe.synth import SynthSpec, write_slide
 
 CONFIG = load_config(None, ["embed.read_threads=1"])
 MB = 2**20
+SLIDES_A_ROUND = 20
 
 
 def main() -> None:
-    """Draw two slides, run the three parts, print a table each."""
+    """Run the three parts, print a table each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=int, default=200, help="slides of 4,000 px")
+    parser.add_argument("--slides", type=int, default=200, help="slides whose overhead is measured")
+    parser.add_argument("--side-px", type=int, default=4000)
     parser.add_argument("--large", type=int, default=8, help="slides of 6,000 px")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--empty", type=int, default=2000, help="slides on which nothing is done")
@@ -50,7 +55,7 @@ def main() -> None:
         if arguments.rounds:
             measure_throughput(folder, arguments.large, arguments.rounds)
         if arguments.slides:
-            measure_overhead(folder, arguments.slides)
+            measure_overhead(folder, arguments.slides, arguments.side_px)
         if arguments.empty:
             measure_scheduler(folder, arguments.empty)
 
@@ -60,7 +65,7 @@ def measure_throughput(folder: Path, n_slides: int, rounds: int) -> None:
     refs = links(folder, "large", n_slides, side_px=6000)
     print(f"{n_slides} slides of 6,000 px, handcrafted, {len(os.sched_getaffinity(0))} cores")
     print(f"{'round':>5} {'tiles':>6} {'1 worker s':>11} {'2 workers s':>12} {'tiles/s':>8} {'tiles/s':>8} {'gain':>6}")
-    with cluster(folder, 1) as (one, _), cluster(folder, 2) as (two, _):
+    with cluster(folder, 1) as (one, *_), cluster(folder, 2) as (two, *_):
         for number in range(rounds + 1):
             seconds = []
             for name, place in (("one", one), ("two", two)):
@@ -78,26 +83,53 @@ def measure_throughput(folder: Path, n_slides: int, rounds: int) -> None:
             )
 
 
-def measure_overhead(folder: Path, n_slides: int) -> None:
-    """The same slides in this process and through Dask; memory as they go by."""
-    refs = links(folder, "small", n_slides, side_px=4000)
-    warm = links(folder, "warm", 2, side_px=4000)
-    run_cohort(warm, RunPlan(out=folder / "warm-here", config=CONFIG))
-    with timed_writes() as spent:
-        started = time.perf_counter()
-        outcomes = run_cohort(refs, RunPlan(out=folder / "here", config=CONFIG))
-        here_s = (time.perf_counter() - started) / n_slides
-    within_s = sum(outcome.seconds for outcome in outcomes) / n_slides
-    writing_s = spent[0] / n_slides
-    with cluster(folder, 1) as (place, _):
-        run_cohort(warm, RunPlan(out=folder / "warm-there", config=CONFIG), place=place)
-        started = time.perf_counter()
-        run_cohort(refs, RunPlan(out=folder / "there", config=CONFIG), place=place)
-        there_s = (time.perf_counter() - started) / n_slides
-    print(f"\n{n_slides} slides of 4,000 px, handcrafted, one worker; seconds a slide")
-    print(f"in this process {here_s:.3f}, through Dask {there_s:.3f}")
-    print(f"overhead: writing files {writing_s:.3f} + between slides {here_s - within_s:.3f} ", end="")
-    print(f"+ Dask {there_s - here_s:.3f} = {writing_s + here_s - within_s + there_s - here_s:.3f}")
+def measure_overhead(folder: Path, n_slides: int, side_px: int) -> None:
+    """The same slides in this process and through Dask, in turn."""
+    n_rounds = -(-n_slides // SLIDES_A_ROUND)
+    refs = links(folder, "small", n_slides, side_px=side_px)
+    print(f"\n{n_slides} slides of {side_px:,} px, handcrafted, one worker; milliseconds a slide")
+    print(f"{'slides':>6} {'here: CPU':>10} {'wall':>8} {'Dask: CPU':>10} {'wall':>8} {'more: CPU':>10} {'wall':>8}")
+    spent = {"here": Spent(), "there": Spent()}
+    writing_s, n_done = 0.0, 0
+    with cluster(folder, 1) as (place, scheduler, worker):
+        for number in range(n_rounds + 1):
+            # The first round imports what is needed.
+            part = refs[:2] if number == 0 else refs[number - 1 :: n_rounds]
+            for name, where, processes in (
+                ("here", None, [psutil.Process()]),
+                ("there", place, [psutil.Process(), scheduler, *family(worker)]),
+            ):
+                plan = RunPlan(out=folder / f"{name}{number}", config=CONFIG)
+                before, started = sum(figures(each)[0] for each in processes), time.perf_counter()
+                with timed_writes() as written:
+                    outcomes = run_cohort(part, plan, place=where)
+                if number:
+                    spent[name].wall_s += time.perf_counter() - started
+                    spent[name].cpu_s += sum(figures(each)[0] for each in processes) - before
+                    writing_s += written[0]
+                if any(outcome.status != "done" for outcome in outcomes):
+                    raise SystemExit(outcomes[0].reason)
+            if number:
+                n_done += len(part)
+                here, there = (each.ms_a_slide(n_done) for each in (spent["here"], spent["there"]))
+                more = (there[0] - here[0], there[1] - here[1])
+                print(
+                    f"{n_done:6d}" + "".join(f" {cpu:10.0f} {wall:8.0f}" for cpu, wall in (here, there, more)),
+                    flush=True,
+                )
+    print(f"of the wall time here {writing_s / n_done * 1000:.0f} ms are files being written and synced")
+
+
+@dataclass(slots=True)
+class Spent:
+    """Seconds of some slides."""
+
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+
+    def ms_a_slide(self, n_slides: int) -> tuple[float, float]:
+        """Milliseconds of processor and of wall time."""
+        return self.cpu_s / n_slides * 1000, self.wall_s / n_slides * 1000
 
 
 _NOTHING = """
@@ -115,31 +147,42 @@ def measure_scheduler(folder: Path, n_slides: int) -> None:
     """Slides on which nothing is done."""
     (folder / "nothing.py").write_text(_NOTHING)
     refs = [SlideRef(f"s{number:06}", folder / "none.tiff") for number in range(n_slides)]
-    own = psutil.Process()
-    rows = []
-    with cluster(folder, 1, "--preload", str(folder / "nothing.py")) as (place, scheduler):
+    print(f"\n{n_slides} slides of three tasks that do nothing, one worker")
+    print(f"{'':7} {'CPU, ms a slide':^32} {'memory, MB':^32} {'wall':>9}")
+    names = "".join(f" {name:>10}" for name in ("scheduler", "this", "worker"))
+    print(f"{'slides':>7}{names}{names} {'ms/slide':>9}")
+    stops = {n_slides, *(n for n in (100, 500, 1000, 2000, 5000, 10_000) if n < n_slides)}
+    with cluster(folder, 1, "--preload", str(folder / "nothing.py")) as (place, scheduler, worker):
+        processes = (scheduler, psutil.Process(), family(worker)[-1])
 
         def ended(outcome: SlideOutcome) -> None:
             nonlocal n_ended
             n_ended += 1
-            if n_ended % max(1, n_slides // 5) == 0:
-                rows.append([n_ended, *(value for one in (scheduler, own) for value in figures(one))])
+            if n_ended in stops:
+                now = [figures(each) for each in processes]
+                cpu = "".join(
+                    f" {(cpu_s - cpu_0) / n_ended * 1000:10.1f}"
+                    for (cpu_s, _), (cpu_0, _) in zip(now, began, strict=True)
+                )
+                memory = "".join(f" {mb:10.1f}" for _, mb in now)
+                wall_ms = (time.perf_counter() - started) / n_ended * 1000
+                print(f"{n_ended:7d}{cpu}{memory} {wall_ms:9.1f}", flush=True)
 
-        n_ended, began = 0, [value for one in (scheduler, own) for value in figures(one)]
+        n_ended, began = 0, [figures(each) for each in processes]
         started = time.perf_counter()
         run_cohort(refs, RunPlan(out=folder / "empty", config=CONFIG), place=place, on_slide=ended)
-        seconds = time.perf_counter() - started
-    print(f"\n{n_slides} slides of three tasks that do nothing, one worker: {seconds / n_slides * 1000:.1f} ms a slide")
-    print(f"{'slides':>7} {'scheduler CPU ms/slide':>23} {'MB':>7} {'this process CPU ms/slide':>26} {'MB':>7}")
-    for n_done, scheduler_s, scheduler_mb, own_s, own_mb in rows:
-        a_slide = [(after - before) / n_done * 1000 for after, before in ((scheduler_s, began[0]), (own_s, began[2]))]
-        print(f"{n_done:7d} {a_slide[0]:23.2f} {scheduler_mb:7.1f} {a_slide[1]:26.2f} {own_mb:7.1f}")
 
 
 def figures(process: psutil.Process) -> tuple[float, float]:
     """Processor seconds and megabytes of a process."""
     times = process.cpu_times()
     return times.user + times.system, process.memory_info().rss / MB
+
+
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and those that it started: the worker comes after its nanny, and after what keeps count for both."""
+    children = process.children(recursive=True)
+    return [process, *sorted(children, key=lambda each: "spawn_main" in " ".join(each.cmdline()))]
 
 
 def links(folder: Path, name: str, n_slides: int, *, side_px: int) -> list[SlideRef]:
@@ -157,8 +200,8 @@ def links(folder: Path, name: str, n_slides: int, *, side_px: int) -> list[Slide
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, n_workers: int, *further: str) -> Iterator[tuple[Place, psutil.Process]]:
-    """A scheduler and its workers, each a process; where they are, and the scheduler's process."""
+def cluster(folder: Path, n_workers: int, *further: str) -> Iterator[tuple[Place, psutil.Process, psutil.Process]]:
+    """A scheduler and its workers, each a process; where they are, the scheduler's process, and the workers'."""
     file = folder / f"scheduler{n_workers}-{time.monotonic_ns()}.json"
     dask = [sys.executable, "-m", "dask"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -174,7 +217,7 @@ def cluster(folder: Path, n_workers: int, *further: str) -> Iterator[tuple[Place
         )
         stack.callback(workers.terminate)
         wait_for_workers(file, n_workers)
-        yield Place(scheduler=str(file)), psutil.Process(scheduler.pid)
+        yield Place(scheduler=str(file)), psutil.Process(scheduler.pid), psutil.Process(workers.pid)
 
 
 def wait_for_workers(file: Path, n_workers: int) -> None:

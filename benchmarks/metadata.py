@@ -1,6 +1,7 @@
 """How well fields of a catalogue are predicted, and whether wrong records are found: five small tables.
 
     python benchmarks/metadata.py [--only reports,together,ebhi,drawn,planted] [--data ../shared/data] [--seed 0]
+        [--plantings 1]
 
 - reports: cancer type (of 23) and T stage of 721 TCGA patients from their reports alone, one model for both; with the
   sentences that state a stage taken out, and with all sentences.
@@ -10,7 +11,8 @@
 - drawn: frozen or FFPE and tumour or normal on drawn slides (ice holes, blur, a stain of its own for every patient;
   large dark nuclei in a third of the tumour tiles), handcrafted features; with drawn reports and tables that tell part
   of it, against single-task models of the image. No real image comes with a report, so only drawn ones can show this.
-- planted: 5 % of the records made wrong before training; how many of the first k of the review list are among them.
+- planted: 5 % of the records made wrong before training; how many of the first k of the review list are among them,
+  over several plantings, and how many could be at most by the AUROC of the evidence (see metadata_review.py for why).
 
 Features of drawn slides are kept in --cache.
 """
@@ -22,19 +24,25 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from scipy.stats import beta
+from sklearn.metrics import roc_auc_score
 
 from pathopipe.embeddings.handcrafted import handcrafted_features
+from pathopipe.metadata.calibration import interpret
 from pathopipe.metadata.cases import MetadataCohort, read_cohort
 from pathopipe.metadata.evaluate import ALL, MULTITASK, Evaluation, OutOfFold, evaluate
+from pathopipe.metadata.fold import fold_data, train_model
 from pathopipe.metadata.leakage import probe
-from pathopipe.metadata.review import plant, quality, rank_out_of_fold
+from pathopipe.metadata.network import MODALITIES
+from pathopipe.metadata.review import Quality, gaussian_precision, plant, quality, rank
 from pathopipe.metadata.settings import MetadataConfig, load_metadata_config
+from pathopipe.metadata.splits import deal_folds
 from pathopipe.metadata.tasks import TaskSpec
 from pathopipe.metadata.train import train
 from pathopipe.mil.bags import array_bag
@@ -63,6 +71,7 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=80, help="of the drawn cohort, two slides each")
     parser.add_argument("--of", default="reports,ebhi,drawn", help="cohorts of planted")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plantings", type=int, default=1, help="of planted, with seeds from --seed on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="metadata.KEY=VALUE")
     arguments = parser.parse_args()
@@ -90,7 +99,8 @@ def main() -> None:
                         "drawn": lambda: drawn_cohort(arguments.cache, arguments.patients, work / "p-drawn"),
                     }
                     for of in arguments.of.split(","):
-                        planted(of, cohorts[of](), work / f"planted-{of}", settings, arguments.seed)
+                        seeds = range(arguments.seed, arguments.seed + arguments.plantings)
+                        planted(of, cohorts[of](), settings, seeds)
                 case _:
                     parser.error(f"no table {name}")
             print(f"({time.perf_counter() - began:.0f} s)\n", flush=True)
@@ -273,7 +283,7 @@ def drawn_cohort(cache: Path, patients: int, work: Path, *, told: bool = False) 
             path = cache / f"{name}-{int(frozen)}{int(tumour)}.npz"
             if not path.exists():
                 cache.mkdir(parents=True, exist_ok=True)
-                tiles = drawn_tiles(patient * 2 + number, hue, frozen=frozen, tumour=tumour)
+                tiles, _ = drawn_tiles(patient * 2 + number, hue, frozen=frozen, tumour=tumour)
                 np.savez(path, features=handcrafted_features(tiles, (MPP, MPP)))
             link = work / "features" / f"{name}.npz"
             link.parent.mkdir(exist_ok=True)
@@ -303,8 +313,10 @@ def drawn_cohort(cache: Path, patients: int, work: Path, *, told: bool = False) 
     return in_memory(cohort)
 
 
-def drawn_tiles(seed: int, hue: np.ndarray, *, frozen: bool, tumour: bool) -> np.ndarray:
-    """(n, height, width, 3) tiles of tissue."""
+def drawn_tiles(
+    seed: int, hue: np.ndarray, *, frozen: bool, tumour: bool, blank: bool = False
+) -> tuple[np.ndarray, int]:
+    """(n, height, width, 3) tiles of tissue, and how many of them show tumour; quickly where only that is wanted."""
     rng = np.random.default_rng([11, seed])
     strength = float(np.clip(1 + 0.12 * hue[3], 0.6, 1.5))
     slide = DrawnSlide(
@@ -312,13 +324,15 @@ def drawn_tiles(seed: int, hue: np.ndarray, *, frozen: bool, tumour: bool) -> np
     )
     mask = slide.tissue_mask(180, 240) > 0
     tiles: list[np.ndarray] = []
+    n_tumour = 0
     for _ in range(400):
         x, y = int(rng.integers(0, 2400 - TILE_PX)), int(rng.integers(0, 1800 - TILE_PX))
         if mask[y // 10 : (y + TILE_PX) // 10, x // 10 : (x + TILE_PX) // 10].mean() < 0.7:
             continue
-        tile = slide.read(x, y, TILE_PX, TILE_PX).copy()
+        tile = np.zeros((TILE_PX, TILE_PX, 3), np.uint8) if blank else slide.read(x, y, TILE_PX, TILE_PX).copy()
         if tumour and rng.random() < 1 / 3:
             tile = with_large_nuclei(tile, rng)
+            n_tumour += 1
         if frozen:
             tile = with_ice(tile, rng)
         # The stain differs between patients whatever the fixation, and a little more in frozen sections.
@@ -326,7 +340,7 @@ def drawn_tiles(seed: int, hue: np.ndarray, *, frozen: bool, tumour: bool) -> np
         tiles.append(np.clip(tile + shift, 0, 255).astype(np.uint8))
         if len(tiles) == TILES:
             break
-    return np.stack(tiles)
+    return np.stack(tiles), n_tumour
 
 
 def with_large_nuclei(tile: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -377,30 +391,92 @@ def drawn(cache: Path, patients: int, work: Path, settings: MetadataConfig, seed
 # --- planted -----------------------------------------------------------------------------------------------------
 
 
-def planted(name: str, cohort: MetadataCohort, work: Path, settings: MetadataConfig, seed: int) -> None:
-    """Wrong records are in the cohort before anything is learnt."""
-    wrong = {task.name: plant(task, cohort.truth[task.name], share=SHARE, seed=seed + 100) for task in cohort.tasks}
-    spoilt = replace(cohort, truth={task: truth for task, (truth, _) in wrong.items()})
-    oof = train(spoilt, settings, work, seed=seed)
-    # What models are worth is judged by the records as they were.
-    right = evaluate(replace(oof, truth=cohort.truth), draws=100, seed=seed)
-    listed = rank_out_of_fold(oof)
-    print(f"planted, {name}: {SHARE:.0%} of the records of each task wrong")
+def planted(name: str, cohort: MetadataCohort, settings: MetadataConfig, seeds: Sequence[int]) -> None:
+    """Wrong records are in the cohort before anything is learnt; the models are those of ``metadata train``."""
+    tables: dict[str, list[Planting]] = {task.name: [] for task in cohort.tasks}
+    for seed in seeds:
+        wrong = {task.name: plant(task, cohort.truth[task.name], share=SHARE, seed=seed + 100) for task in cohort.tasks}
+        spoilt = replace(cohort, truth={task: truth for task, (truth, _) in wrong.items()})
+        scores = judged(spoilt, settings, seed)
+        for task in cohort.tasks:
+            tables[task.name].append(
+                Planting.of(task, spoilt, cohort.truth[task.name], wrong[task.name][1], scores[task.name])
+            )
+    print(f"planted, {name}: {SHARE:.0%} of the records of each task wrong, {len(seeds)} times; {described(cohort)}")
     print(
-        f"{'task':>10} {'AUROC':>6} {'planted':>7} {'listed':>6}  "
-        "precision at 5, 10, 20, 30, planted; recall at planted, of list"
+        f"{'task':>10} {'AUROC':>6} {'planted':>7} {'listed':>6}  precision at 5, 10, 20, 30; at planted (95 %); "
+        "recall; AUROC of the evidence, at planted by that at most"
     )
-    for task in cohort.tasks:
-        mask = wrong[task.name][1]
-        found = quality([one for one in listed if one.task == task.name], {task.name: mask})
-        gain = right.gain(task.name)
-        area = "" if gain.value is None else f"{gain.value:.3f}"
-        at = " ".join(f"{found.precision_at(k) or 0:.2f}" for k in (5, 10, 20, 30, found.planted))
+    for task, found in tables.items():
+        hits, total = sum(one.hits for one in found), sum(one.quality.planted for one in found)
+        at = " ".join(f"{np.mean([one.quality.precision_at(k) or 0 for one in found]):.2f}" for k in (5, 10, 20, 30))
+        low, high = beta.ppf(0.025, hits, total - hits + 1), beta.ppf(0.975, hits + 1, total - hits)
+        evidence = float(np.mean([one.evidence_auroc for one in found]))
         print(
-            f"{task.name:>10} {area:>6} {found.planted:>7} {found.listed:>6}  {at}; "
-            f"{found.recall_at(found.planted) or 0:.2f}, {found.recall or 0:.2f}",
+            f"{task:>10} {np.mean([one.auroc for one in found]):>6.3f} {total:>7} "
+            f"{sum(one.quality.listed for one in found):>6}  {at}; {hits / total:.2f} "
+            f"({0 if hits == 0 else low:.2f} to {1 if hits == total else high:.2f}); "
+            f"{sum(one.quality.found for one in found) / total:.2f}; {evidence:.3f}, "
+            f"{gaussian_precision(min(evidence, 0.9999), SHARE):.2f}",
             flush=True,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planting:
+    """One task of one planting."""
+
+    quality: Quality
+    hits: int
+    """Planted records among as many first ones of the list."""
+    auroc: float
+    """Of the models that learnt from the wrong records, against the right ones; macro."""
+    evidence_auroc: float
+    """How well planted records are told from others by the log-odds against the record."""
+
+    @classmethod
+    def of(
+        cls, task: TaskSpec, spoilt: MetadataCohort, truth: np.ndarray, wrong: np.ndarray, scores: np.ndarray
+    ) -> "Planting":
+        """Hold a ranking by ``scores`` against what was planted."""
+        recorded = spoilt.truth[task.name]
+        listed = rank(
+            [(case.slide_id, case.patient_id) for case in spoilt.cases],
+            [task.target],
+            {task.name: recorded},
+            {task.name: scores},
+            {task.name: np.zeros(len(spoilt), bool)},
+            [""] * len(spoilt),
+        )
+        found = quality(listed, {task.name: wrong})
+        known = np.flatnonzero(np.isfinite(truth[:, 0]))
+        of_record = scores[known, recorded[known, 0].astype(int)].clip(1e-12, 1 - 1e-12)
+        return cls(
+            quality=found,
+            hits=int(found.hits[: found.planted].sum()),
+            auroc=float(
+                np.mean(
+                    [
+                        roc_auc_score(truth[known, 0] == number, scores[known, number])
+                        for number in range(len(task.classes))
+                    ]
+                )
+            ),
+            evidence_auroc=float(roc_auc_score(wrong[known], np.log1p(-of_record) - np.log(of_record))),
+        )
+
+
+def judged(cohort: MetadataCohort, settings: MetadataConfig, seed: int) -> dict[str, np.ndarray]:
+    """By task (n, P) what ``metadata train`` says of slides that it has not learnt from, without its baselines."""
+    found = {task.name: np.full((len(cohort), len(task.classes)), np.nan) for task in cohort.tasks}
+    for fold in deal_folds(cohort, settings, seed=seed):
+        # The seeds of the networks follow from the name.
+        data = fold_data(cohort, replace(fold, name=f"fold{fold.name}"), settings, seed=seed, device="cpu")
+        model = train_model(data, MULTITASK, range(len(data.specs)), data.inputs, lambda epoch: None)
+        logits = model.logits(data.inputs, fold.test, [MODALITIES])[MODALITIES]
+        for name, values in interpret(model.card, logits, data.inputs.present[fold.test]).items():
+            found[name][fold.test] = values
+    return found
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from pathopipe.slide.open import open_slide
 from pathopipe.slide.openslide import OpenSlideReader
 from pathopipe.synth import SynthSpec, write_slide
 from pathopipe.tiles.grid import plan_grid
-from pathopipe.tiles.read import read_tile, stream_batches
+from pathopipe.tiles.read import TileStream, read_tile
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "slides" / "tiff" / "TCGA-V5-A7RE-11A-01-TS1.pyramid.tif"
 BATCH = 32
@@ -139,7 +139,7 @@ def streaming(path: Path, grid: TileGrid, threads: int) -> Road:
         slide = open_slide(path)
 
         def work() -> None:
-            for _ in stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=BATCH, threads=threads):
+            for _ in TileStream(slide, grid, [(0, slice(0, len(grid)))], batch_size=BATCH, threads=threads):
                 pass
 
         spent = timed(work)
@@ -217,7 +217,7 @@ def _peak_growth_mb(path: Path, grid: TileGrid) -> float:
     process = psutil.Process()
     before = peak = process.memory_info().rss
     slide = open_slide(path)
-    for _ in stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=BATCH, threads=2):
+    for _ in TileStream(slide, grid, [(0, slice(0, len(grid)))], batch_size=BATCH, threads=2):
         peak = max(peak, process.memory_info().rss)
     slide.close()
     return (peak - before) / 2**20

@@ -28,7 +28,7 @@ from pathopipe.segmentation.examples import Example, read_datasets, split_by_sou
 from pathopipe.segmentation.learned import LearnedModel, find_objects, open_model
 from pathopipe.segmentation.metrics import aji, overlap, panoptic, pixels
 from pathopipe.segmentation.network import default_weights, load_network
-from pathopipe.segmentation.train import read_settings
+from pathopipe.segmentation.settings import read_settings
 from pathopipe.segmentation.validate import examine
 from pathopipe.slide.open import open_slide
 from pathopipe.synth import DrawnSlide, SynthSpec

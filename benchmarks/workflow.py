@@ -112,7 +112,8 @@ def snakemake(folder: Path, *arguments: str) -> resource.struct_rusage:
     process = subprocess.Popen(
         [*command, str(config), *arguments],
         cwd=folder,
-        env={**os.environ, "PATH": path},
+        # As an installed package: without its bytecode every job would compile what it imports.
+        env={**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

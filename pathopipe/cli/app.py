@@ -29,6 +29,7 @@ from pathopipe.cli import (
     synth,
     verify,
 )
+from pathopipe.cli.options import refuse_urls
 from pathopipe.cli.receipts import recorded, recorded_app
 from pathopipe.errors import PathopipeError, UsageError
 
@@ -73,6 +74,7 @@ app.add_typer(importing.app, name="import")
 app.add_typer(metadata.app, name="metadata")
 app.add_typer(mil.app, name="mil")
 app.add_typer(segmenter.app, name="segmenter")
+refuse_urls(app)
 
 
 class _Interrupted(BaseException):

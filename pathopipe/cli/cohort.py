@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pathopipe.cli.options import ConfigFile, Device, EncoderNames, Json, Out, Settings, read_config
+from pathopipe.cli.options import (
+    ConfigFile,
+    Device,
+    EncoderNames,
+    Json,
+    Location,
+    OutPlace,
+    Settings,
+    parse_place,
+    read_config,
+)
+from pathopipe.remote import RemotePath
 
 if TYPE_CHECKING:
     from pathopipe.cohort.plan import PlannedSlide
@@ -42,7 +53,7 @@ def _cohort() -> None:
 @app.command("plan", short_help="Check a manifest and the settings; say what each slide needs.")
 def plan(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST.csv", help="The slides: slide_id, path.")],
-    out: Out,
+    out: OutPlace,
     encoder: EncoderNames = None,
     device: Device = None,
     config: ConfigFile = None,
@@ -93,8 +104,26 @@ def _plan_slides(refs: "Iterable[SlideRef]", config: "Config", threads: int) -> 
     from pathopipe.slide.open import open_slide
     from pathopipe.slide.resolution import require_mpp
 
+    def plan_remote(slide_id: str, path: RemotePath) -> PlannedSlide:
+        # Its header would cost a download of the whole slide; what is not known is taken for a small one.
+        found, problem = None, "there is no such object"
+        try:
+            found = path.found(hasty=True)
+        except (PathopipeError, OSError) as error:
+            problem = " ".join(str(error).split())
+        return PlannedSlide(
+            slide_id=slide_id,
+            size_bytes=found.size if found is not None else 0,
+            dims_l0=(0, 0),
+            most_tiles=0,
+            problem="" if found is not None else f"{path}: {problem}",
+            needs=needs_of(None, config),
+        )
+
     def plan_slide(ref: "SlideRef") -> PlannedSlide:
         mpp, source = (ref.mpp, "manifest") if ref.mpp is not None else (config.slide.mpp, "config")
+        if isinstance(ref.path, RemotePath):
+            return plan_remote(ref.slide_id, ref.path)
         try:
             slide = open_slide(ref.path, slide_id=ref.slide_id, mpp=mpp, mpp_source=source)
             info = slide.info
@@ -123,7 +152,9 @@ def _plan_slides(refs: "Iterable[SlideRef]", config: "Config", threads: int) -> 
 
 @app.command("status", short_help="Count what became of the slides; name those that failed.")
 def status(
-    where: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of a workflow.")],
+    where: Annotated[
+        Location, typer.Argument(parser=parse_place, metavar="DIR|URL", help="The --out folder of a workflow.")
+    ],
     fail_on: Annotated[
         FailOn, typer.Option(help="Which failures make the exit code 1: any slide, or all.")
     ] = FailOn.ANY,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pathopipe.cli.options import Location, parse_place
+
 if TYPE_CHECKING:
     from pathopipe.export.features import FeatureExport
     from pathopipe.export.objects import LayerExport
@@ -20,8 +22,14 @@ _MANY_ANNOTATIONS = 5_000
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Write what a store holds for other programs.")
 
-_Where = Annotated[Path, typer.Argument(metavar="STORE|DIR", help="A .zarr store, or the --out folder of a run.")]
-_Target = Annotated[Path, typer.Option("--out", metavar="PATH", help="A folder; a file where one layer is written.")]
+_Where = Annotated[
+    Location,
+    typer.Argument(parser=parse_place, metavar="STORE|DIR|URL", help="A .zarr store, or the --out folder of a run."),
+]
+_Target = Annotated[
+    Location,
+    typer.Option("--out", parser=parse_place, metavar="PATH|URL", help="A folder; a file where one layer is written."),
+]
 _Layers = Annotated[
     list[str] | None, typer.Option("--layer", metavar="NAME", help="Which objects; may be repeated. Default: all.")
 ]

@@ -16,17 +16,21 @@ def info(slide: SlideFile, as_json: Json = False) -> None:
     Examples:
       pathopipe info slide.svs
       pathopipe info slide.svs --json
+      pathopipe info s3://bucket/slide.svs      (downloads it to ~/.cache/pathopipe/slides)
     """
+    from pathopipe.config import SlideConfig
     from pathopipe.errors import UsageError
+    from pathopipe.slide.cache import local_slide
     from pathopipe.slide.open import open_slide
 
     if not slide.exists():
         raise UsageError(f"{slide}: no such file; check the path")
-    opened = open_slide(slide)
-    found = opened.info
-    opened.close()
+    with local_slide(slide, SlideConfig()) as file:
+        opened = open_slide(file, slide_id=None if file == slide else slide.stem)
+        found = opened.info
+        opened.close()
     if as_json:
-        print(json.dumps({**asdict(found), "path": str(found.path)}, indent=2))
+        print(json.dumps({**asdict(found), "path": str(found.path if file == slide else slide)}, indent=2))
         return
     width, height = found.dims_l0
     size = f"{width} x {height} px, {found.size_bytes / 1e6:.1f} MB"

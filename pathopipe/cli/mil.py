@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pathopipe.cli import mil_results
-from pathopipe.cli.options import ConfigFile, EncoderNames, Out
+from pathopipe.cli.options import ConfigFile, EncoderNames, Location, Out, parse_place
 
 if TYPE_CHECKING:
     from pathopipe.mil.ranking import Ranking
@@ -47,7 +47,10 @@ class Device(StrEnum):
 @app.command("train", short_help="Train models over patient-grouped folds; resumes.")
 def train(
     manifest: Annotated[Path, typer.Option(metavar="CSV", help="Slides and labels: slide_id, patient_id, labels.")],
-    features: Annotated[Path, typer.Option(metavar="DIR", help="Stores, or feature files of other programs.")],
+    features: Annotated[
+        Location,
+        typer.Option(parser=parse_place, metavar="DIR|URL", help="Stores, or feature files of other programs."),
+    ],
     target: Annotated[str, typer.Option(metavar="COLUMN,..", help="Label columns; time:event for survival.")],
     out: Out,
     kind: Annotated[

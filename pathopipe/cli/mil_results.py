@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pathopipe.cli.options import Out
+from pathopipe.cli.options import Location, Out, parse_place
 from pathopipe.cli.progress import format_table
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ __all__ = ["evaluate", "heatmap", "predict"]
 _Model = Annotated[
     Path, typer.Option("--model", help="The --out folder of 'mil train', one head in it, or the folder of one model.")
 ]
-_Features = Annotated[Path, typer.Option("--features", help="Folder of stores or feature files.")]
+_Features = Annotated[
+    Location,
+    typer.Option("--features", parser=parse_place, metavar="DIR|URL", help="Folder of stores or feature files."),
+]
 _Manifest = Annotated[Path | None, typer.Option("--manifest", help="CSV with slide_id, patient_id, site, labels.")]
 _Device = Annotated[str, typer.Option("--device", help="cpu, cuda or auto.")]
 _AllowTraining = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pathopipe.cli.options import Json
+from pathopipe.cli.options import Json, Location, parse_place
 
 __all__ = ["report"]
 
@@ -16,9 +16,12 @@ _TOLD_EVERY = 500
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out folder of 'pathopipe run'.")],
+    folder: Annotated[
+        Location, typer.Argument(parser=parse_place, metavar="DIR|URL", help="The --out folder of 'pathopipe run'.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.html", help="The page.  [default: DIR/report.html]")
+        Location | None,
+        typer.Option("--out", parser=parse_place, metavar="FILE.html", help="The page.  [default: DIR/report.html]"),
     ] = None,
     labels: Annotated[
         Path | None,

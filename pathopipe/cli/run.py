@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathopipe.cli.options import ConfigFile, Device, EncoderNames, Out, Settings, read_config
+from pathopipe.cli.options import (
+    ConfigFile,
+    Device,
+    EncoderNames,
+    Location,
+    OutPlace,
+    Settings,
+    parse_place,
+    read_config,
+)
 from pathopipe.cli.progress import RunProgress, format_table
+from pathopipe.remote import RemotePath
 
 if TYPE_CHECKING:
     from pathopipe.cluster import Place
@@ -46,9 +56,14 @@ class FreshStage(StrEnum):
 
 def run(
     slides: Annotated[
-        list[Path], typer.Argument(metavar="SLIDE|FOLDER|MANIFEST.csv", help="Slides, folders of slides, manifests.")
+        list[Location],
+        typer.Argument(
+            parser=parse_place,
+            metavar="SLIDE|FOLDER|MANIFEST.csv",
+            help="Slides, folders of slides, manifests; slides may be URLs.",
+        ),
     ],
-    out: Out,
+    out: OutPlace,
     encoder: EncoderNames = None,
     device: Device = None,
     config: ConfigFile = None,
@@ -202,13 +217,13 @@ def run_and_tell(
 def _summary_held(out: Path) -> Iterator[None]:
     """Keep other runs from the summary while it is read, added to and written."""
     from pathopipe.errors import StoreBusyError
-    from pathopipe.files import one_at_a_time
+    from pathopipe.store.claims import one_writer
 
     deadline = time.monotonic() + _SUMMARY_HELD_S
     with contextlib.ExitStack() as held:
         while True:
             try:
-                held.enter_context(one_at_a_time(out / ".summary.lock", "the summary"))
+                held.enter_context(one_writer(out / ".summary.lock", "the summary"))
                 break
             except StoreBusyError:
                 if time.monotonic() > deadline:
@@ -232,6 +247,8 @@ def gather(paths: Sequence[Path], *, allow_missing: bool) -> list["SlideRef"]:
     for path in paths:
         if path.suffix.lower() in _MANIFEST_SUFFIXES:
             refs += read_manifest(path, allow_missing=allow_missing)
+        elif isinstance(path, RemotePath) and not allow_missing and not path.is_file():
+            raise UsageError(f"{path}: no such object; check the URL; slides of a whole folder go into a manifest")
         elif path.is_dir():
             found = find_slides(path)
             if not found:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathopipe.cli.options import ConfigFile, Device, Mpp, Out, Settings, SlideFile, SlideId, read_config
+from pathopipe.cli.options import ConfigFile, Device, Mpp, OutPlace, Settings, SlideFile, SlideId, read_config
 
 if TYPE_CHECKING:
     from pathopipe.pipeline import RunPlan
@@ -18,7 +18,7 @@ __all__ = ["segment", "segment_and_tell"]
 
 def segment(
     slide: SlideFile,
-    out: Out,
+    out: OutPlace,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -42,6 +42,9 @@ def segment(
     geojson: Annotated[
         bool, typer.Option("--geojson/--no-geojson", help="Write the layers for QuPath, too. Default: yes.")
     ] = True,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads to keep busy.  [default: all usable cores]")
+    ] = None,
     config: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
@@ -74,7 +77,9 @@ def segment(
     settled = read_config(config, overrides, mpp=mpp)
     ref = slide_ref(slide, slide_id)
     check_writable(out)
-    segment_and_tell(ref, RunPlan(out=out, config=settled, threads=usable_cores()), fresh=fresh, geojson=geojson)
+    segment_and_tell(
+        ref, RunPlan(out=out, config=settled, threads=threads or usable_cores()), fresh=fresh, geojson=geojson
+    )
 
 
 def segment_and_tell(ref: "SlideRef", plan: "RunPlan", *, fresh: bool, geojson: bool) -> None:

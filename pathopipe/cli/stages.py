@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathopipe.cli.options import ConfigFile, Device, EncoderNames, Mpp, Out, Settings, SlideFile, SlideId, read_config
+from pathopipe.cli.options import (
+    ConfigFile,
+    Device,
+    EncoderNames,
+    Mpp,
+    OutPlace,
+    Settings,
+    SlideFile,
+    SlideId,
+    read_config,
+)
 from pathopipe.cli.progress import describe_outcome
 from pathopipe.cli.receipts import recorded
 
@@ -24,7 +34,7 @@ _Threads = Annotated[
 @recorded
 def tissue(
     slide: SlideFile,
-    out: Out,
+    out: OutPlace,
     slide_id: SlideId = None,
     mpp: Mpp = None,
     threads: _Threads = None,
@@ -49,7 +59,7 @@ def tissue(
 @recorded
 def tiles(
     slide: SlideFile,
-    out: Out,
+    out: OutPlace,
     slide_id: SlideId = None,
     mpp: Mpp = None,
     encoder: EncoderNames = None,
@@ -73,7 +83,7 @@ def tiles(
 @recorded
 def embed(
     slide: SlideFile,
-    out: Out,
+    out: OutPlace,
     slide_id: SlideId = None,
     mpp: Mpp = None,
     encoder: EncoderNames = None,

@@ -6,13 +6,20 @@ from typing import Annotated
 
 import typer
 
-from pathopipe.cli.options import Json
+from pathopipe.cli.options import Json, Location, parse_place
+from pathopipe.errors import UsageError
+from pathopipe.remote import RemotePath
 
 __all__ = ["verify"]
 
 
 def verify(
-    where: Annotated[Path, typer.Argument(metavar="STORE|DIR", help="A .zarr store, or the --out folder of a run.")],
+    where: Annotated[
+        Location,
+        typer.Argument(
+            parser=parse_place, metavar="STORE|DIR|URL", help="A .zarr store, or the --out folder of a run."
+        ),
+    ],
     as_json: Json = False,
     phi: Annotated[
         bool,
@@ -30,9 +37,11 @@ def verify(
       pathopipe verify results --phi
     """
     if phi:
+        if isinstance(where, RemotePath):
+            raise UsageError(f"{where}: --phi looks into local folders; copy it to one first")
         _look_for_private_data(where, as_json)
         return
-    from pathopipe.errors import StoreError, UsageError
+    from pathopipe.errors import StoreError
     from pathopipe.report.summary import read_failures
     from pathopipe.store import SlideStore
 

@@ -1,15 +1,17 @@
 """Runs a cohort: every slide once, whatever becomes of the others; slides that another run is writing come last."""
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from pathopipe.cluster.outcomes import check_writable, failed
 from pathopipe.cluster.placement import Place
 from pathopipe.errors import StoreBusyError
-from pathopipe.pipeline import RunPlan, SlideOutcome, check_plan, run_slide
+from pathopipe.pipeline import BegunSlide, RunPlan, SlideOutcome, TilesDone, begin_slide, check_plan
 from pathopipe.records import SlideRef
 from pathopipe.store.claims import Claim, Claims
 
@@ -18,7 +20,6 @@ __all__ = ["Queue", "run_cohort"]
 _ASKS_AGAIN_S = 2.0
 
 SlideDone = Callable[[SlideOutcome], None]
-TilesDone = Callable[[str, int, int], None]
 Tell = Callable[[str], None]
 
 
@@ -66,9 +67,10 @@ def run_cohort(
             refs, plan = [_with_whole_path(ref) for ref in refs], _with_whole_paths(plan)
         run = run_on_workers(refs, plan, place, on_tiles, on_note)
     outcomes: dict[str, SlideOutcome] = {}
-    for outcome in run:
-        outcomes[outcome.slide_id] = outcome
-        on_slide(outcome)
+    with contextlib.closing(run):  # whatever stops it, claims are given back now, not when someone clears up
+        for outcome in run:
+            outcomes[outcome.slide_id] = outcome
+            on_slide(outcome)
     return [outcomes[ref.slide_id] for ref in refs]
 
 
@@ -125,23 +127,41 @@ class Queue:
                 self._on_note(f"waiting: {reason.removesuffix('; wait for it, then run again')}")
 
 
-def _run_here(refs: Sequence[SlideRef], plan: RunPlan, on_tiles: TilesDone, on_note: Tell) -> Iterator[SlideOutcome]:
-    with Claims(plan.out) as claims:
+def _run_here(
+    refs: Sequence[SlideRef], plan: RunPlan, on_tiles: TilesDone, on_note: Tell
+) -> Generator[SlideOutcome, None, None]:
+    """One slide after the other; while one is embedded, the next one's tissue is found and its first tiles are read."""
+    with Claims(plan.out) as claims, ThreadPoolExecutor(1, thread_name_prefix="next-slide") as pool:
         queue = Queue(refs, claims, on_note)
-        while queue:
-            taken = queue.take()
-            if taken is None:
-                queue.tell_whom_it_waits_for()
-                time.sleep(_ASKS_AGAIN_S)
-                continue
-            ref, claim = taken
-            started = time.perf_counter()
-            try:
-                yield run_slide(ref, plan, on_tiles, claim=claim)
-            except Exception as error:  # whatever is wrong with one slide, the cohort goes on
-                yield failed(ref, plan, error, time.perf_counter() - started)
-            finally:
-                claims.release(ref.slide_id)
+        following = _begin_next(queue, plan, pool)
+        try:
+            while following is not None or queue:
+                if following is None:
+                    queue.tell_whom_it_waits_for()
+                    time.sleep(_ASKS_AGAIN_S)
+                    following = _begin_next(queue, plan, pool)
+                    continue
+                (ref, future), following = following, None
+                started = time.perf_counter()
+                try:
+                    with future.result() as begun:
+                        following = _begin_next(queue, plan, pool)
+                        outcome = begun.complete(on_tiles)
+                except Exception as error:  # whatever is wrong with one slide, the cohort goes on
+                    outcome = failed(ref, plan, error, time.perf_counter() - started)
+                finally:
+                    claims.release(ref.slide_id)
+                yield outcome
+                following = following or _begin_next(queue, plan, pool)
+        finally:
+            if following is not None and not following[1].cancel() and following[1].exception() is None:
+                following[1].result().__exit__()
+
+
+def _begin_next(queue: Queue, plan: RunPlan, pool: ThreadPoolExecutor) -> tuple[SlideRef, Future[BegunSlide]] | None:
+    """The next slide that is free, and its beginning."""
+    taken = queue.take()
+    return None if taken is None else (taken[0], pool.submit(begin_slide, taken[0], plan, claim=taken[1]))
 
 
 def _with_whole_path(ref: SlideRef) -> SlideRef:
@@ -162,5 +182,7 @@ def _with_whole_paths(plan: RunPlan) -> RunPlan:
     }
     mask = config.tissue.mask
     tissue = config.tissue.model_copy(update={"mask": mask and str(Path(mask).absolute())})
-    config = config.model_copy(update={"embed": embed.model_copy(update=whole), "tissue": tissue})
+    cache_dir = config.slide.cache_dir
+    slide = config.slide.model_copy(update={"cache_dir": cache_dir and cache_dir.absolute()})
+    config = config.model_copy(update={"embed": embed.model_copy(update=whole), "tissue": tissue, "slide": slide})
     return replace(plan, out=plan.out.absolute(), config=config)

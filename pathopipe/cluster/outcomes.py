@@ -7,6 +7,7 @@ from pathopipe.errors import PathopipeError, StoreBusyError, StoreChangedError, 
 from pathopipe.files import durable_file, remove_leftovers
 from pathopipe.pipeline import RunPlan, SlideOutcome
 from pathopipe.records import SlideRef
+from pathopipe.remote import RemotePath, check_rights
 
 __all__ = ["check_writable", "failed"]
 
@@ -15,9 +16,18 @@ def check_writable(out: Path) -> None:
     """Make sure that the output folder takes files.
 
     Raises:
-        UsageError: It is a file.
-        StoreWriteError: It does not: no permission, read-only, or full.
+        UsageError: It is a file; there is no such bucket, or its server can't keep two runs apart.
+        StoreWriteError: It does not: no permission, read-only, or full; no answer.
     """
+    if isinstance(out, RemotePath):
+        try:
+            check_rights(out)
+        except OSError as error:
+            raise StoreWriteError(
+                f"{out}: the output folder can't be written ({error.strerror or error}); what was finished before is "
+                "kept: mend that or choose another --out, then run the same command again"
+            ) from None
+        return
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: this is a file; name a folder")
     probe = out / ".write-test"

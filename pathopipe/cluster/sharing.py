@@ -4,7 +4,7 @@ import contextlib
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from distributed import KilledWorker
 
 from pathopipe.cluster.clients import open_client
-from pathopipe.cluster.cohort import Queue, Tell, TilesDone
+from pathopipe.cluster.cohort import Queue, Tell
 from pathopipe.cluster.fitness import Terms, Unfit, Worker, attempt, describe, shared_terms
 from pathopipe.cluster.outcomes import check_writable, failed
 from pathopipe.cluster.placement import Place
@@ -23,12 +23,14 @@ from pathopipe.pipeline import (
     Prepared,
     RunPlan,
     SlideOutcome,
+    TilesDone,
     check_plan,
     embed_pending,
     finish_slide,
     prepare_slide,
 )
 from pathopipe.records import SlideRef
+from pathopipe.remote import RemotePath
 from pathopipe.store.claims import Claim, Claims
 
 __all__ = ["run_on_workers"]
@@ -45,7 +47,7 @@ _TELLS_EVERY_S = 60.0
 
 def run_on_workers(
     refs: Sequence[SlideRef], plan: RunPlan, place: Place, on_tiles: TilesDone, on_note: Tell
-) -> Iterator[SlideOutcome]:
+) -> Generator[SlideOutcome, None, None]:
     """Run slides on Dask workers, each outcome as it comes.
 
     Slides are prepared, cut into runs of chunks and finished on the workers. They take turns run by run: one giant
@@ -58,7 +60,8 @@ def run_on_workers(
         PathopipeError: The workers are lost. What was finished is kept.
     """
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(open_client(place, plan.out / "logs" / "slurm" if place.slurm else None))
+        logs = plan.out / "logs" / "slurm" if place.slurm and not isinstance(plan.out, RemotePath) else None
+        client = stack.enter_context(open_client(place, logs))
         with _scheduler_may_go(place):
             check_writable(plan.out)
             terms = stack.enter_context(shared_terms(plan.out if place.is_elsewhere else None, refs))

@@ -1,5 +1,6 @@
 """The manifest of a cohort: which slides there are, checked as a whole before any work starts."""
 
+import errno
 import itertools
 import logging
 import os
@@ -8,12 +9,14 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from pathopipe.cohort.table import quote, read_table, refuse
 from pathopipe.errors import UsageError
 from pathopipe.records import SlideRef
+from pathopipe.remote import RemotePath, location
 
 __all__ = ["check_refs", "check_slide_id", "double_ids", "id_problem", "read_manifest"]
 
@@ -28,6 +31,8 @@ _MPP_RANGE: Final = (0.05, 50.0)
 _TIMED_LOOKS: Final = 64
 _SLOW_LOOK_S: Final = 0.0002
 _LOOKS_AT_ONCE: Final = 32
+# An object has neither device nor inode; its URL says which it is.
+_THERE: Final = os.stat_result((0,) * 10)
 _ADVICE: Final = "use letters, digits, '.', '_' or '-'"
 _PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9 _-]|\.(?!\.)){0,198}(?<![. ])")
 _RESERVED: Final = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³])(\..*)?", re.IGNORECASE)
@@ -43,9 +48,9 @@ def read_manifest(path: Path, *, allow_missing: bool = False, check_files: bool 
     may be wanted under two ids, with two resolutions for example.
 
     Args:
-        path: The table. Paths in it are relative to its folder. ``mpp`` (um/px, 0.05 to 50) may be there, with a
-            decimal comma where commas do not part the columns; an empty cell is no statement. All further columns are
-            kept as text.
+        path: The table. Paths in it are relative to its folder, or URLs. ``mpp`` (um/px, 0.05 to 50) may be there,
+            with a decimal comma where commas do not part the columns; an empty cell is no statement. All further
+            columns are kept as text.
         allow_missing: Take slides whose file is not there; they fail later, alone.
         check_files: Look whether the files are there and are different ones; False where someone has, and the
             file system is slow.
@@ -61,7 +66,8 @@ def read_manifest(path: Path, *, allow_missing: bool = False, check_files: bool 
     problems: list[str] = []
     rows = list(table.full_rows(problems))
     folder = str(path.parent)
-    places = [os.path.join(folder, values["path"].strip()) for _, values in rows]  # noqa: PTH118 (100,000 of them)
+    written = [values["path"].strip() for _, values in rows]
+    places = [text if "://" in text else os.path.join(folder, text) for text in written]  # noqa: PTH118 (100,000 of them)
     found = _look_at(places) if check_files else itertools.repeat(None)
     refs: list[SlideRef] = []
     numbers: list[int] = []
@@ -80,7 +86,11 @@ def read_manifest(path: Path, *, allow_missing: bool = False, check_files: bool 
             problems.append(f"row {number}: {file_problem}")
         elif status is not None:
             # The file itself, through links and other spellings.
-            identity = os.path.normpath(place) if isinstance(status, OSError) else (status.st_dev, status.st_ino)
+            identity: object = os.path.normpath(place)
+            if "://" in place:
+                identity = place
+            elif not isinstance(status, OSError):
+                identity = (status.st_dev, status.st_ino)
             if identity in stated:
                 shared.append(f"rows {stated[identity]} and {number}: {quote(file)}")
             else:
@@ -88,7 +98,7 @@ def read_manifest(path: Path, *, allow_missing: bool = False, check_files: bool 
         refs.append(
             SlideRef(
                 slide_id=unicodedata.normalize("NFC", slide_id),
-                path=Path(place),
+                path=location(place) if "://" in place and not file_problem else Path(place),
                 mpp=mpp,
                 columns={name: value.strip() for name, value in values.items()},
             )
@@ -234,12 +244,19 @@ def _file_problem(place: str, text: str, status: os.stat_result | OSError | None
         return f"path {quote(text)} holds a null character; write the table anew"
     if isinstance(status, OSError) and not allow_missing:
         hint = "write '/' in place of '\\'" if "\\" in text else "correct the path, or pass --allow-missing"
+        if "://" in place:
+            return f"{quote(place, at_most=1000)} can't be found ({status.strerror or status}); {hint}"
         return f"file {quote(place, at_most=1000)} can't be found ({status.strerror or status}); {hint}"
     return None
 
 
 def _look_at(places: Sequence[str]) -> list[os.stat_result | OSError]:
     """What the file system says of some paths, in order; several at once where it is slow to answer."""
+    urls = [place for place in places if "://" in place]
+    if urls:
+        answers = dict(zip(urls, _ask(urls), strict=True))
+        files = iter(_look_at([place for place in places if place not in answers]))
+        return [answers[place] if place in answers else next(files) for place in places]
     first, rest = places[:_TIMED_LOOKS], places[_TIMED_LOOKS:]
     started = time.perf_counter()
     found = [_stat(place) for place in first]
@@ -248,6 +265,37 @@ def _look_at(places: Sequence[str]) -> list[os.stat_result | OSError]:
         with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
             return found + list(pool.map(_stat, rest))
     return found + [_stat(place) for place in rest]
+
+
+def _ask(urls: Sequence[str]) -> list[os.stat_result | OSError]:
+    """What servers say of some objects, in order; one that does not answer is asked once."""
+    silent: dict[str, OSError] = {}
+
+    def ask(server: str, url: str) -> os.stat_result | OSError:
+        if server in silent:
+            return silent[server]
+        try:
+            path = location(url)
+            found = path.found(hasty=True) if isinstance(path, RemotePath) else path.stat()
+        except UsageError as error:
+            return OSError(str(error))
+        except OSError as error:
+            if error.errno == errno.EIO:
+                silent[server] = error
+            return error
+        if isinstance(found, os.stat_result):
+            return found
+        return _THERE if found is not None else OSError(errno.ENOENT, "no such object")
+
+    by_server: dict[str, list[str]] = {}
+    for url in dict.fromkeys(urls):
+        by_server.setdefault("/".join(url.split("/", 3)[:3]), []).append(url)
+    answers: dict[str, os.stat_result | OSError] = {}
+    with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+        for server, of_server in by_server.items():
+            answers[of_server[0]] = ask(server, of_server[0])
+            answers.update(zip(of_server[1:], pool.map(partial(ask, server), of_server[1:]), strict=True))
+    return [answers[url] for url in urls]
 
 
 def _stat(place: str) -> os.stat_result | OSError:

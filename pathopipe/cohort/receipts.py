@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, get_args
 
 from pathopipe.errors import StoreError, StoreWriteError, UsageError
 from pathopipe.files import durable_file
+from pathopipe.remote import RemotePath
 
 __all__ = [
     "Receipt",
@@ -124,10 +125,13 @@ def begun_before(path: Path) -> Iterator[int]:
     except (OSError, ValueError):
         killed = 0
     try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        temporary = mark.with_name(f"{mark.name}.{os.getpid()}")
-        temporary.write_text(str(killed + 1))
-        temporary.replace(mark)
+        if isinstance(mark, RemotePath):
+            mark.write_text(str(killed + 1))
+        else:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            temporary = mark.with_name(f"{mark.name}.{os.getpid()}")
+            temporary.write_text(str(killed + 1))
+            temporary.replace(mark)
     except OSError as error:
         raise StoreWriteError(
             f"{mark.parent}: can't be written ({error.strerror}); free space or choose another --out"

@@ -16,9 +16,9 @@ from pathopipe.embeddings.recipe import EncoderSpec
 from pathopipe.records import STATUS_NOT_FINITE, STATUS_OK, STATUS_OVERFLOW, STATUS_UNREADABLE, TileGrid
 from pathopipe.slide.base import Slide
 from pathopipe.store import EmbeddingArray
-from pathopipe.tiles.read import TileBatch, stream_batches
+from pathopipe.tiles.read import TileBatch, TileStream
 
-__all__ = ["EmbedReport", "Encoder", "HandcraftedEncoder", "Lane", "build_encoder", "embed_chunks"]
+__all__ = ["EmbedReport", "Encoder", "HandcraftedEncoder", "Lane", "begin_reading", "build_encoder", "embed_chunks"]
 
 
 class Encoder(Protocol):
@@ -163,25 +163,47 @@ class Lane:
     """Tiles that it sees at once."""
 
 
+def begin_reading(slide: Slide, grid: TileGrid, lanes: Sequence[Lane], *, threads: int) -> TileStream:
+    """Begin to read the tiles that some lanes want, each tile once for all of them.
+
+    Args:
+        slide: Where the pixels come from.
+        grid: The tiles.
+        lanes: The encoders, at least one.
+        threads: Reading threads.
+    """
+    wanted = sorted(frozenset().union(*(lane.chunks for lane in lanes)))
+    return TileStream(
+        slide,
+        grid,
+        [(chunk, lanes[0].rows.chunk_slice(chunk)) for chunk in wanted],
+        # So that the borders of every lane's own batches are where they would be if it were alone.
+        batch_size=math.lcm(*(lane.batch_size for lane in lanes)),
+        threads=threads,
+        allocate=lanes[_order(lanes)[0]].encoder.allocate,
+    )
+
+
+def _order(lanes: Sequence[Lane]) -> list[int]:
+    """Those that compute beside this thread begin first."""
+    return sorted(range(len(lanes)), key=lambda number: -lanes[number].encoder.ahead)
+
+
 def embed_chunks(
-    slide: Slide,
-    grid: TileGrid,
+    batches: TileStream,
     lanes: Sequence[Lane],
     *,
-    threads: int,
     on_tiles: Callable[[int], None] = lambda n_tiles: None,
 ) -> list[EmbedReport]:
-    """Compute and store some chunks of one or several encoders; each tile is read once for all of them.
+    """Compute and store some chunks of one or several encoders.
 
     A tile that can't be read, or whose numbers are not finite or too large for the store, is quarantined: its row is
     NaN and its status says why. Whatever ends the run early, the chunks that were finished stay. An encoder sees the
     same batches in company as alone, so company does not change its numbers.
 
     Args:
-        slide: Where the pixels come from.
-        grid: The tiles.
+        batches: What :func:`begin_reading` began for the same lanes; it is closed at the end, however that comes.
         lanes: The encoders.
-        threads: Reading threads.
         on_tiles: Told of the tiles of each batch when all encoders are done with it.
 
     Returns:
@@ -189,17 +211,8 @@ def embed_chunks(
     """
     reports = [EmbedReport() for _ in lanes]
     writers = [_ChunkWriter(lane.rows) for lane in lanes]
-    if not lanes:
-        return reports
-    todo = [
-        (chunk, lanes[0].rows.chunk_slice(chunk)) for chunk in sorted(frozenset().union(*(x.chunks for x in lanes)))
-    ]
-    # Those that compute beside this thread begin first.
-    order = sorted(range(len(lanes)), key=lambda number: -lanes[number].encoder.ahead)
-    first = lanes[order[0]].encoder
-    # So that the borders of every lane's own batches are where they would be if it were alone.
-    batch_size = math.lcm(*(lane.batch_size for lane in lanes))
-    batches = stream_batches(slide, grid, todo, batch_size=batch_size, threads=threads, allocate=first.allocate)
+    order = _order(lanes)
+    ahead = lanes[order[0]].encoder.ahead
     started: deque[tuple[TileBatch, list[tuple[int, _Result]]]] = deque()
 
     def finish_first() -> None:
@@ -233,7 +246,7 @@ def embed_chunks(
                     )
                 )
             started.append((batch, results))
-            while len(started) > first.ahead:
+            while len(started) > ahead:
                 finish_first()
             asked = time.perf_counter()
         while started:

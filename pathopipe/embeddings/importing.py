@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 import pathopipe
 from pathopipe.embeddings.catalog import find_encoder
 from pathopipe.errors import StoreChangedError, UsageError
-from pathopipe.files import one_at_a_time
 from pathopipe.layouts import FeatureFile
 from pathopipe.records import STATUS_NOT_FINITE, STATUS_OK, STATUS_OVERFLOW, Level, MppEvidence, SlideInfo, TileGrid
 from pathopipe.slide.open import open_slide
 from pathopipe.slide.resolution import check_override, require_mpp
 from pathopipe.store import SlideStore, digest, store_path
+from pathopipe.store.claims import one_writer
 
 __all__ = ["FeatureImport", "ImportedSlide", "encoder_name", "import_features"]
 
@@ -113,7 +113,7 @@ def import_features(
         raise UsageError(
             f"{file.path}: an empty slide, whose number of features is not stated; import it together with others"
         )
-    with one_at_a_time(path.parent / f".{path.stem}.import.lock", f"features of {file.slide_id}"):
+    with one_writer(path.parent / f".{path.stem}.import.lock", f"features of {file.slide_id}"):
         if frame.info is None:
             store = SlideStore.open(path)
         else:

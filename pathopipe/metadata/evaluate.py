@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pathopipe.errors import StoreError, UsageError
 from pathopipe.files import durable_file
-from pathopipe.metadata.predict import right_of, surety_of, value_of
+from pathopipe.metadata.probabilities import right_of, surety_of, value_of
 from pathopipe.metadata.tasks import TaskSpec
 from pathopipe.mil import weighted
 from pathopipe.mil.cases import FEWEST_PATIENTS, Cases, Kind, gather_cases

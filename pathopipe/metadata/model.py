@@ -1,302 +1,323 @@
-"""The network: three branches, each optional for each slide, one shared vector, one linear head a task."""
+"""Trained models: saved and opened, what they say of slides, and what speaks for it."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final, NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, cast
 
+import numpy as np
+import safetensors.numpy
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 
-from pathopipe.errors import UsageError
-from pathopipe.mil.heads import HeadShape, build_head
-from pathopipe.mil.heads.base import HeadOutput
+import pathopipe
+from pathopipe.errors import EncoderError, StoreError, UsageError
+from pathopipe.files import durable_file
+from pathopipe.metadata.inputs import Inputs, Preparation, whole_batches
+from pathopipe.metadata.network import MetadataNetwork, MetadataShape, SlideBatch, as_mask
+from pathopipe.metadata.probabilities import without_class_weights
+from pathopipe.metadata.table import TableEncoder
+from pathopipe.metadata.tasks import TaskSpec
+from pathopipe.metadata.text import NGRAMS, TextEncoder, TextVectorizer, TransformersText
+from pathopipe.mil.bags import Bag
+from pathopipe.mil.targets import TargetSpec, slice_of
 
-__all__ = [
-    "MODALITIES",
-    "MetadataNetwork",
-    "MetadataShape",
-    "SlideBatch",
-    "alignment_loss",
-    "drop_modalities",
-]
+__all__ = ["MetadataModel", "ModelCard"]
 
-MODALITIES: Final = ("image", "text", "table")
-"""The branches in the order of every presence mask."""
+_WEIGHTS: Final = "model.safetensors"
+_CARD: Final = "model.json"
+_FORMAT: Final = 1
+_TEXT_PREFIX: Final = "text."
 
-_ALIGNMENT_TEMPERATURE: Final = 0.1
-_ROAD_HIDDEN: Final = 0.5
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MetadataShape:
-    """The sizes of a network; all that is needed to build it again."""
+class ModelCard:
+    """Everything about a model but its weights."""
 
-    tile_features: int
-    """Width of a tile's feature vector; 0 for no image branch."""
-    text_features: int
-    """Width of the report's vector; 0 for no text branch."""
-    table_features: int
-    """Width of the encoded table row; 0 for no table branch."""
-    outputs: tuple[int, ...]
-    """Logits of each task."""
-    head: str = "abmil"
-    width: int = 128
-    hidden: int = 128
-    attention: int = 64
-    dropout: float = 0.25
-    bag_size: bool = True
-    """The image branch sees how many tiles a slide has."""
-
-    @property
-    def branches(self) -> tuple[bool, bool, bool]:
-        """Which of the modalities have a branch."""
-        return self.tile_features > 0, self.text_features > 0, self.table_features > 0
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """Names of the branches that there are."""
-        return tuple(name for name, there in zip(MODALITIES, self.branches, strict=True) if there)
+    shape: MetadataShape
+    tasks: tuple[TaskSpec, ...]
+    targets: tuple[TargetSpec, ...]
+    """The tasks with what was fitted on the training part."""
+    members: int
+    """Networks whose logits are averaged."""
+    text_encoder: str
+    """:data:`NGRAMS`, or the name of a transformers encoder; ``""`` without a text branch."""
+    table_columns: tuple[str, ...]
+    encoder: str
+    """Name of the encoder of the tiles; ``""`` where not stated."""
+    encoder_id: str
+    grid: str
+    precision: float
+    """What was asked for."""
+    temperatures: Mapping[str, Mapping[str, float]]
+    """By task, then by modalities (``image+text``): by what logits are divided."""
+    thresholds: Mapping[str, Mapping[str, float | None]]
+    """Likewise: the surety below which the model abstains; None: it always does."""
+    training: Mapping[str, Any]
+    """How it was trained."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        record = {name: getattr(self, name) for name in self.__slots__}
+        record["shape"] = self.shape.to_json()
+        record["tasks"] = [task.to_json() for task in self.tasks]
+        record["targets"] = [spec.to_json() for spec in self.targets]
+        return {"format": _FORMAT, "created_by": f"pathopipe {pathopipe.__version__}", **record}
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "MetadataShape":
+    def from_json(cls, record: Mapping[str, Any]) -> "ModelCard":
         """The reverse of :meth:`to_json`."""
-        return cls(**{**record, "outputs": tuple(record["outputs"])})
+        known = {key: value for key, value in record.items() if key not in ("format", "created_by")}
+        known["shape"] = MetadataShape.from_json(known["shape"])
+        known["tasks"] = tuple(TaskSpec.from_json(task) for task in known["tasks"])
+        known["targets"] = tuple(TargetSpec.from_json(spec) for spec in known["targets"])
+        known["table_columns"] = tuple(known["table_columns"])
+        return cls(**known)
 
 
-class SlideBatch(NamedTuple):
-    """What is known of B slides. Slides without an image have no row in ``tiles``."""
+class MetadataModel:
+    """The model of one fold: what prepares its inputs, and networks trained alike whose logits are averaged."""
 
-    present: Tensor
-    """(B, 3) bool: image, text, table."""
-    tiles: Tensor | None
-    """(I, N, D) tiles of the slides that have an image, in their order; None where none has."""
-    real: Tensor | None
-    """(I, N) bool, False where padded."""
-    text: Tensor | None
-    """(B, T); rows without a report hold anything."""
-    table: Tensor | None
-    """(B, C); rows without a table hold anything."""
-    sizes: Tensor | None = None
-    """(I,) tiles of each slide in all, where ``tiles`` may be a sample; None: what ``real`` says."""
+    def __init__(
+        self,
+        card: ModelCard,
+        preparation: Preparation,
+        networks: Sequence[MetadataNetwork],
+        *,
+        device: str = "cpu",
+        weights_id: str = "",
+    ) -> None:
+        self.card, self.preparation, self.weights_id = card, preparation, weights_id
+        self._device = torch.device(device)
+        self._networks = [network.to(self._device).eval() for network in networks]
 
+    # --- saving
 
-class _ImageBranch(nn.Module):
-    """A bag of tiles to the shared width: attention, and beside it a linear road for what the tiles are on the whole.
-
-    That is their mean, their spread and how many there are. On small cohorts a linear model of these is hard to beat;
-    attention adds what single tiles tell. Spread in place of maximum, for a sample of the tiles has the same.
-    """
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, shape: MetadataShape) -> None:
-        super().__init__()
-        self.bag_size = shape.bag_size
-        # A head of `mil` whose outputs are the shared vector: standardisation, masks and attention are its own.
-        self.attend = build_head(
-            shape.head,
-            HeadShape(
-                features=shape.tile_features,
-                outputs=shape.width,
-                hidden=shape.hidden,
-                attention=shape.attention,
-                dropout=shape.dropout,
-            ),
-        )
-        width = 2 * shape.tile_features + shape.bag_size
-        self.register_buffer("shift", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-        self.linear = nn.Linear(width, shape.width)
-
-    def describe(self, tiles: Tensor, real: Tensor, sizes: Tensor) -> Tensor:
-        """(B, N, D) -> (B, 2 D + 1): mean and standard deviation of each feature, logarithm of the number of tiles.
-
-        (B, 2 D) where their number is not to be seen.
-        """
-        count = real.sum(dim=1)[:, None]
-        tiles = tiles.float().masked_fill(~real[..., None], 0)
-        mean = tiles.sum(dim=1) / count
-        spread = ((tiles - mean[:, None]).masked_fill(~real[..., None], 0).square().sum(dim=1) / count).sqrt()
-        parts = [mean, spread, sizes.float().log()[:, None]]
-        return torch.cat(parts if self.bag_size else parts[:2], dim=1)
-
-    def standardise(self, tiles: tuple[Tensor, Tensor], described: Tensor) -> None:
-        """Set the scales by training slides.
-
-        Args:
-            tiles: (D,) mean and standard deviation of their tiles.
-            described: (slides, ...) what :meth:`describe` gives of them.
-        """
-        self.attend.standardise(*tiles)
-        std, mean = torch.std_mean(described.double(), dim=0, correction=0)
-        # Below what float32 features can tell, a value is constant and the difference rounding.
-        constant = std <= 1e-6 * mean.abs().clamp(min=1e-30)
-        self.shift.copy_(mean)
-        self.scale.copy_(torch.where(constant, torch.zeros_like(std), 1 / std))
-
-    def forward(self, tiles: Tensor, real: Tensor, sizes: Tensor) -> HeadOutput:
-        """(B, N, D) -> (B, W) and the attention."""
-        output: HeadOutput = self.attend(tiles, real)
-        described = (self.describe(tiles, real, sizes) - self.shift) * self.scale
-        # Hidden for half of the slides of a step: attention would else leave what averages tell to this road, and mark
-        # nothing.
-        open_road = F.dropout(torch.ones_like(described[:, :1]), _ROAD_HIDDEN, training=self.training)
-        return output._replace(logits=output.logits + self.linear(described) * open_road)
-
-
-class _VectorBranch(nn.Module):
-    """A vector to the shared width: a linear road and a small network beside it.
-
-    The linear road alone is what a linear model of n-grams is, which is hard to beat on a few hundred reports.
-    """
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, features: int, shape: MetadataShape) -> None:
-        super().__init__()
-        # Buffers, so that the scaling by the training part travels with the weights.
-        self.register_buffer("shift", torch.zeros(features))
-        self.register_buffer("scale", torch.ones(()))
-        self.linear = nn.Linear(features, shape.width)
-        self.bent = nn.Sequential(
-            nn.Linear(features, shape.hidden),
-            nn.ReLU(),
-            nn.Dropout(shape.dropout),
-            nn.Linear(shape.hidden, shape.width),
-        )
-        self.dropout = nn.Dropout(shape.dropout)
-
-    def standardise(self, vectors: Tensor) -> None:
-        """Centre on training vectors (n, features), and scale them by one number to a spread of one a feature.
-
-        One number for all: the axes of a singular value decomposition fall in spread, and what is noise must stay
-        small.
-        """
-        self.shift.copy_(vectors.mean(dim=0))
-        spread = (vectors - vectors.mean(dim=0)).square().mean().sqrt()
-        self.scale.copy_(torch.where(spread > 0, 1 / spread, torch.ones_like(spread)))
-
-    def forward(self, vector: Tensor) -> Tensor:
-        """(B, features) -> (B, W)."""
-        dropped = self.dropout((vector - self.shift) * self.scale)
-        summed: Tensor = self.linear(dropped) + self.bent(dropped)
-        return summed
-
-
-class MetadataNetwork(nn.Module):
-    """Image, report and table to one shared vector, and from there to each task.
-
-    The vectors of the modalities that are present are normalised and averaged, so that any subset gives a vector of the
-    same scale and the same heads serve all. For each task every modality has a learnt weight in that average: the
-    report may tell the stage and the image the fixation.
-
-    Source: after Weng et al. 2019, Multimodal multitask representation learning for pathology biobank metadata
-    prediction, arXiv:1909.07846. Ours: attention over tiles of a foundation model's features in place of patches, the
-    weighted mean over what is present in place of a concatenation, modality dropout.
-    """
-
-    def __init__(self, shape: MetadataShape) -> None:
-        super().__init__()
-        if not any(shape.branches):
-            raise UsageError("a model needs one of image, text and table; give --features, --reports or table columns")
-        self.shape = shape
-        self.image = _ImageBranch(shape) if shape.tile_features else None
-        self.text = _VectorBranch(shape.text_features, shape) if shape.text_features else None
-        self.table = _VectorBranch(shape.table_features, shape) if shape.table_features else None
-        self.norms = nn.ModuleList(nn.LayerNorm(shape.width) for _ in MODALITIES)
-        self.dropout = nn.Dropout(shape.dropout)
-        self.weights = nn.Parameter(torch.zeros(len(shape.outputs), len(MODALITIES)))
-        self.heads = nn.ModuleList(nn.Linear(shape.width, n) for n in shape.outputs)
-
-    def encode(self, batch: SlideBatch) -> tuple[Tensor, Tensor | None]:
-        """The vectors of each slide, before the modalities meet.
-
-        Returns:
-            (B, 3, W) normalised vectors of image, text and table, zeros where absent; and (I, N, A) the attention of
-            the slides that have an image, None where none has or the head has none.
+    def save(self, folder: Path) -> None:
+        """Write weights, then the card, into a folder; without the card there is no model.
 
         Raises:
-            UsageError: A slide has no modality, or one that the network has no branch for.
+            StoreWriteError: The folder can't be written.
         """
-        present = batch.present
-        have = torch.tensor(self.shape.branches, device=present.device)
-        if bool((present & ~have).any()) or not bool(present.any(dim=1).all()):
-            raise UsageError("a slide has no modality that the model takes; leave it out")
-        absent = self.weights.new_zeros(len(present), self.shape.width)
-        vectors, attention = [absent, absent, absent], None
-        if self.image is not None and batch.tiles is not None and batch.real is not None:
-            sizes = batch.real.sum(dim=1) if batch.sizes is None else batch.sizes
-            output = self.image(batch.tiles, batch.real, sizes)
-            vectors[0] = absent.index_copy(0, torch.nonzero(present[:, 0])[:, 0], output.logits)
-            attention = output.attention
-        for branch, given, place in ((self.text, batch.text, 1), (self.table, batch.table, 2)):
-            if branch is not None and given is not None:
-                # What absent rows hold, NaN included, must reach neither values nor gradients.
-                vectors[place] = branch(given.masked_fill(~present[:, place, None], 0))
-        stacked = torch.stack([norm(vector) for norm, vector in zip(self.norms, vectors, strict=True)], dim=1)
-        return stacked.masked_fill(~present[..., None], 0), attention
+        arrays = {
+            f"{member}.{name}": value.cpu().contiguous().numpy()
+            for member, network in enumerate(self._networks)
+            for name, value in network.state_dict().items()
+        }
+        text = self.preparation.text
+        if text is not None:
+            of_text = cast("TextVectorizer | TransformersText", text).to_arrays()
+            arrays |= {f"{_TEXT_PREFIX}{name}": np.ascontiguousarray(of) for name, of in of_text.items()}
+        table = self.preparation.table
+        record = {**self.card.to_json(), "table": None if table is None else table.to_json()}
+        with durable_file(folder / _WEIGHTS) as file:
+            file.write(safetensors.numpy.save(arrays))
+        with durable_file(folder / _CARD) as file:
+            file.write(json.dumps(record, indent=1).encode())
 
-    def decide(self, vectors: Tensor, present: Tensor) -> Tensor:
-        """(B, K) logits from the vectors of those modalities that ``present`` (B, 3) lets through."""
-        logits = []
-        for own_weights, head in zip(self.weights, self.heads, strict=True):
-            weights = torch.softmax(own_weights.expand(len(present), -1).masked_fill(~present, -torch.inf), dim=1)
-            logits.append(head(self.dropout((vectors * weights[..., None]).sum(dim=1))))
-        return torch.cat(logits, dim=1)
+    @classmethod
+    def load(cls, folder: Path, *, device: str = "cpu") -> "MetadataModel":
+        """Open a saved model.
 
-    def forward(self, batch: SlideBatch) -> Tensor:
-        """(B, K) logits of all tasks, side by side, from everything that is present."""
-        return self.decide(self.encode(batch)[0], batch.present)
+        Raises:
+            UsageError: There is none in this folder.
+            StoreError: It is damaged, or was written by a newer version.
+        """
+        try:
+            record = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+            content = (folder / _WEIGHTS).read_bytes()
+            arrays = safetensors.numpy.load(content)
+        except FileNotFoundError:
+            raise UsageError(f"{folder}: no model here; give a folder that 'pathopipe metadata train' wrote") from None
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StoreError(f"{folder}: the model can't be read ({error}); train it again, or copy it again") from None
+        if record.get("format") != _FORMAT:
+            raise StoreError(
+                f"{folder}: model format {record.get('format')}, this version reads {_FORMAT}; update pathopipe"
+            )
+        try:
+            table = record.pop("table")
+            card = ModelCard.from_json(record)
+            networks = []
+            for member in range(card.members):
+                network = MetadataNetwork(card.shape)
+                own = {k.partition(".")[2]: v for k, v in arrays.items() if k.startswith(f"{member}.")}
+                network.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in own.items()})
+                networks.append(network)
+            of_text = {k.removeprefix(_TEXT_PREFIX): v for k, v in arrays.items() if k.startswith(_TEXT_PREFIX)}
+            text: TextEncoder | None = None
+            if card.text_encoder:
+                kind = TextVectorizer if card.text_encoder == NGRAMS else TransformersText
+                text = kind.from_arrays(of_text)
+            preparation = Preparation(
+                tile_features=card.shape.tile_features,
+                text=text,
+                table=None if table is None else TableEncoder.from_json(table),
+                table_columns=card.table_columns,
+            )
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise StoreError(f"{folder}: weights and {_CARD} don't belong together ({error}); train it again") from None
+        return cls(card, preparation, networks, device=device, weights_id=sha256(content).hexdigest()[:12])
+
+    # --- scoring
+
+    def check_features(self, bags: Sequence[Bag]) -> None:
+        """Make sure that features come from the encoder, the weights and the grid that the model was trained on.
+
+        What features don't state is not held against them; width always is.
+
+        Raises:
+            EncoderError: They don't.
+        """
+        card = self.card
+        known_hash = card.encoder_id.partition("@")[2]
+        for bag in bags:
+            other_hash = bag.encoder_id.partition("@")[2]
+            grids = {source.grid for source in bag.sources if source.grid} - {card.grid}
+            if card.encoder and bag.encoder and bag.encoder != card.encoder:
+                wanted, found = f"encoder {card.encoder_id}", bag.encoder_id
+            elif known_hash and other_hash and known_hash != other_hash:
+                wanted, found = f"encoder {card.encoder_id}", f"{bag.encoder_id} (other weights or recipe)"
+            elif bag.features != card.shape.tile_features:
+                wanted, found = f"features of width {card.shape.tile_features}", f"width {bag.features}"
+            elif card.grid and grids:
+                wanted, found = f"tiles of grid {card.grid}", f"grid {grids.pop()}"
+            else:
+                continue
+            raise EncoderError(
+                f"{bag.bag_id}: the model was trained on {wanted}, these features are of {found}; "
+                "give features of the same encoder, or train a model on these",
+                slide_id=bag.bag_id,
+            )
+
+    def logits(
+        self, inputs: Inputs, rows: NDArray[np.intp], asked: Sequence[tuple[str, ...]]
+    ) -> dict[tuple[str, ...], Floats]:
+        """Logits of slides for several choices of modalities, from one reading of the tiles.
+
+        Args:
+            inputs: All slides.
+            rows: Those wanted.
+            asked: Choices of modalities; of each slide those are used that it has.
+
+        Returns:
+            For each choice (rows, K), mean of the members, NaN where a slide has none of the modalities.
+        """
+        width = sum(self.card.shape.outputs)
+        found = {chosen: np.full((len(rows), width), np.nan) for chosen in asked}
+        usable = np.flatnonzero(inputs.present[rows].any(axis=1))
+        if not len(usable):
+            return found
+        place_of = dict(zip(rows[usable].tolist(), usable.tolist(), strict=True))
+        for own, batch in whole_batches(inputs, rows[usable], device=self._device):
+            places = np.asarray([place_of[row] for row in own.tolist()], np.intp)
+            with torch.inference_mode():
+                vectors = [network.encode(batch)[0] for network in self._networks]
+                for chosen in asked:
+                    present = batch.present & torch.from_numpy(as_mask(chosen)).to(self._device)
+                    some = present.any(dim=1)
+                    if not bool(some.any()):
+                        continue
+                    scores = [
+                        network.decide(vector[some], present[some])
+                        for network, vector in zip(self._networks, vectors, strict=True)
+                    ]
+                    mean = torch.stack(scores).double().mean(dim=0).cpu().numpy()
+                    found[chosen][places[some.cpu().numpy()]] = mean
+        for values in found.values():
+            for number, spec in enumerate(self.card.targets):
+                own_logits = slice_of(self.card.targets, number, "logits")
+                values[:, own_logits] = without_class_weights(spec, values[:, own_logits])
+        return found
+
+    # --- evidence
+
+    def vectors(self, inputs: Inputs, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """(rows, members * W) the shared representation: mean of what is present, members side by side.
+
+        For slides that lie near; zeros where a slide has nothing.
+        """
+        out = np.zeros((len(rows), len(self._networks) * self.card.shape.width), np.float32)
+        usable = np.flatnonzero(inputs.present[rows].any(axis=1))
+        if not len(usable):
+            return out
+        place_of = dict(zip(rows[usable].tolist(), usable.tolist(), strict=True))
+        for own, batch in whole_batches(inputs, rows[usable], device=self._device):
+            with torch.inference_mode():
+                share = batch.present.sum(dim=1, keepdim=True)
+                parts = [network.encode(batch)[0].sum(dim=1) / share for network in self._networks]
+            out[[place_of[row] for row in own.tolist()]] = torch.cat(parts, dim=1).float().cpu().numpy()
+        return out
+
+    def attention(self, bag: Bag) -> NDArray[np.float32] | None:
+        """(tiles,) how much each tile counts, summing to one, mean of members; in the order of ``bag.read()``.
+
+        None without an image branch, or for heads without attention.
+        """
+        if not self.card.shape.tile_features or not bag.n_tiles:
+            return None
+        tiles = torch.from_numpy(bag.read())[None].to(self._device)
+        nothing = SlideBatch(
+            present=torch.tensor([[True, False, False]], device=self._device),
+            tiles=tiles,
+            real=torch.ones(tiles.shape[:2], dtype=torch.bool, device=self._device),
+            text=None,
+            table=None,
+        )
+        with torch.inference_mode():
+            found = [network.encode(nothing)[1] for network in self._networks]
+        given = [weights[0].mean(dim=1) for weights in found if weights is not None]
+        return torch.stack(given).mean(dim=0).float().cpu().numpy() if given else None
+
+    def text_direction(self, inputs: Inputs, row: int, task: str, label: str) -> NDArray[np.float32] | None:
+        """(T,) where to the report's vector would have to move for more of a class, by the report alone.
+
+        The gradient of the class's logit against the mean of the others, mean of members; of the value where the task
+        is continuous. None without a report or a text branch.
+
+        Raises:
+            UsageError: No such task or class.
+        """
+        numbers = [number for number, known in enumerate(self.card.tasks) if known.name == task]
+        if not numbers or (
+            self.card.targets[numbers[0]].classes and label not in self.card.targets[numbers[0]].classes
+        ):
+            raise UsageError(f"the model knows no class '{label}' of a task '{task}'; give one of its own")
+        if self.preparation.text is None or not inputs.present[row, 1]:
+            return None
+        spec = self.card.targets[numbers[0]]
+        pull = torch.from_numpy(_pull_of(spec, label)).to(self._device)
+        place = slice_of(self.card.targets, numbers[0], "logits")
+        present = torch.tensor([[False, True, False]], device=self._device)
+        total = np.zeros(inputs.text.shape[1], np.float64)
+        for network in self._networks:
+            text = torch.from_numpy(inputs.text[[row]]).to(self._device).requires_grad_()
+            logits = network(SlideBatch(present=present, tiles=None, real=None, text=text, table=None))
+            (gradient,) = torch.autograd.grad((logits[0, place] * pull).sum(), text)
+            total += gradient[0].double().cpu().numpy()
+        return (total / len(self._networks)).astype(np.float32)
 
 
-def drop_modalities(present: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Hide modalities at random; of a slide that would lose all, one stays, each with the same chance.
-
-    Args:
-        present: (B, 3) bool, at least one a row.
-        share: Chance of each to be hidden.
-        generator: Where chance comes from.
-
-    Returns:
-        (B, 3) bool, a subset of ``present``.
-    """
-    chance = torch.rand(present.shape, generator=generator).to(present.device)
-    kept = present & (chance >= share)
-    last = torch.rand(present.shape, generator=generator).to(present.device).masked_fill(~present, -1).argmax(dim=1)
-    none = ~kept.any(dim=1)
-    kept[none, last[none]] = True
-    return kept
-
-
-def alignment_loss(image: Tensor, text: Tensor, patients: Sequence[int] | Tensor) -> Tensor:
-    """Draw the image vectors of a patient to the vectors of the patient's reports, away from those of other patients.
-
-    Symmetric contrastive loss; all slides of a patient count as matches of each of the patient's reports.
-
-    Source: van den Oord et al. 2018 (InfoNCE), arXiv:1807.03748; several matches as in Khosla et al. 2020 (SupCon),
-    arXiv:2004.11362, equation 2.
-
-    Args:
-        image: (n, W) vectors of slides that have image and report.
-        text: (n, W).
-        patients: n numbers.
-
-    Returns:
-        A scalar; zero where there are fewer than two patients.
-    """
-    numbers = torch.as_tensor(patients, device=image.device)
-    same = (numbers[:, None] == numbers).float()
-    if not len(numbers) or bool((same == 1).all()):
-        return (image.sum() + text.sum()) * 0
-    alike = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T / _ALIGNMENT_TEMPERATURE
-    matches = same / same.sum(dim=1, keepdim=True)
-    to_text = -(matches * torch.log_softmax(alike, dim=1)).sum(dim=1)
-    to_image = -(matches * torch.log_softmax(alike, dim=0).T).sum(dim=1)
-    return (to_text.mean() + to_image.mean()) / 2
+def _pull_of(spec: TargetSpec, label: str) -> NDArray[np.float32]:
+    """(outputs,) which combination of a task's logits speaks for a class."""
+    pull = np.zeros(spec.outputs, np.float32)
+    if not spec.classes:
+        return pull + 1
+    number = spec.classes.index(label)
+    match spec.kind:
+        case "binary":
+            pull[0] = 1 if number else -1
+        case "ordinal":
+            # Logits say "above"; the lowest class is against them, any other for being above the one below it.
+            pull[max(number - 1, 0)] = 1 if number else -1
+        case "multiclass":
+            pull -= 1 / max(1, spec.outputs - 1)
+            pull[number] = 1
+        case _:
+            pull[number] = 1
+    return pull

@@ -9,13 +9,18 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from pathopipe.cohort import read_labels
 from pathopipe.errors import StoreError, UsageError
 from pathopipe.files import durable_file
 from pathopipe.metadata.cases import MetadataCohort
 from pathopipe.metadata.evaluate import ALL, MULTITASK, OutOfFold, View
-from pathopipe.metadata.predict import FOLDS_FILE, Inputs, MetadataEnsemble, MetadataModel, value_of
+from pathopipe.metadata.inputs import Inputs
+from pathopipe.metadata.model import MetadataModel
+from pathopipe.metadata.predict import FOLDS_FILE, MetadataEnsemble
+from pathopipe.metadata.probabilities import value_of
 from pathopipe.metadata.tasks import TaskSpec, encode
 from pathopipe.mil.bags import Bag
 from pathopipe.mil.scored import write_rows
@@ -30,6 +35,7 @@ __all__ = [
     "TopTile",
     "check_patients",
     "explain",
+    "gaussian_precision",
     "plant",
     "quality",
     "rank",
@@ -570,6 +576,26 @@ def plant(task: TaskSpec, truth: Floats, *, share: float, seed: int) -> tuple[Fl
     planted = np.zeros(len(truth), bool)
     planted[rows] = True
     return wrong, planted
+
+
+def gaussian_precision(auroc: float, share: float) -> float:
+    """Precision of a list at the number of wrong records, by how well wrong and right records are told apart.
+
+    Where evidence against records is normally distributed with one spread, for wrong records by d higher in the mean
+    than for right ones, its AUROC is Phi(d / sqrt 2) (Green and Swets 1966, Signal detection theory and psychophysics),
+    and no order of the records is better than that by the evidence. As many are taken as are wrong, so precision is
+    recall. For a task of two classes the AUROC is that of the task itself.
+
+    Args:
+        auroc: 0.5 to below 1.
+        share: Of the records that are wrong, between 0 and 1.
+    """
+    between = math.sqrt(2) * float(norm.ppf(auroc))
+
+    def excess(cut: float) -> float:
+        return share * float(norm.sf(cut - between)) + (1 - share) * float(norm.sf(cut)) - share
+
+    return float(norm.sf(brentq(excess, -10, 10 + between) - between))
 
 
 def quality(contradictions: Sequence[Contradiction], planted: Mapping[str, NDArray[np.bool_]]) -> Quality:

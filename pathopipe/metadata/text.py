@@ -18,7 +18,10 @@ from sklearn.preprocessing import normalize
 from pathopipe.embeddings.torchvision_import import import_torchvision
 from pathopipe.errors import UsageError
 
-__all__ = ["TextEncoder", "TextVectorizer", "TransformersText"]
+__all__ = ["NGRAMS", "TextEncoder", "TextVectorizer", "TransformersText"]
+
+NGRAMS: Final = "ngrams"
+"""Name of the text encoder that needs no download."""
 
 Counts = Counter[str]
 

@@ -1,5 +1,6 @@
 """Where the tiles of one slide come from: a store, another program's feature file, or an array; rows read on demand."""
 
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathopipe.errors import StoreError, UsageError
 from pathopipe.layouts import FeatureFile, open_features
 from pathopipe.records import STATUS_OK
 from pathopipe.registry import nearest
+from pathopipe.remote import RemotePath
 from pathopipe.store import SlideStore, digest
 
 __all__ = ["ArraySource", "FileSource", "StoreSource", "TilePlaces", "TileSource", "good_rows"]
@@ -356,8 +358,13 @@ class StoreSource(_Rows):
         numbers = np.empty((self.chunk_rows, self.features), np.dtype(self.dtype).newbyteorder("<"))
         wanted = numbers.nbytes + _CHECKSUM_BYTES
         try:
-            with file.open("rb", buffering=0) as handle:
-                length = os.fstat(handle.fileno()).st_size
+            with (
+                io.BytesIO(file.read_bytes())
+                if isinstance(file, RemotePath)
+                else file.open("rb", buffering=0) as handle
+            ):
+                length = handle.seek(0, os.SEEK_END)
+                handle.seek(0)
                 got = handle.readinto(numbers.view(np.uint8).data) if length == wanted else 0
         except OSError as error:
             raise StoreError(

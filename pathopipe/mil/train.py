@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -399,8 +400,8 @@ def _describe(request: TrainRequest, cohorts: Sequence[Cohort]) -> dict[str, Any
     for name in first.covariates:
         labels.update("\0".join(first.table.column(name)).encode())
     return {
-        "manifest": str(request.manifest),
-        "features": str(request.features),
+        "manifest": _place(request.manifest, request.out),
+        "features": _place(request.features, request.out),
         "grid": request.grid,
         "target": request.target,
         "kind": request.kind,
@@ -414,6 +415,16 @@ def _describe(request: TrainRequest, cohorts: Sequence[Cohort]) -> dict[str, Any
         "labels": labels.hexdigest()[:16],
         "inputs": {cohort.encoder: _bags_digest(cohort.bags) for cohort in cohorts},
     }
+
+
+def _place(path: Path, out: Path) -> str:
+    """Where something lies, seen from ``out``; of what lies neither below nor beside it the name alone.
+
+    Folders further up may name people, and nothing reads this but the next run, which compares it.
+    """
+    whole = path.absolute()
+    beside = out.absolute().parent
+    return Path(os.path.relpath(whole, out)).as_posix() if whole.is_relative_to(beside) else whole.name
 
 
 def _bags_digest(bags: Sequence[Bag]) -> str:

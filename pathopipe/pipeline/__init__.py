@@ -2,10 +2,13 @@
 
 from pathopipe.pipeline.common import RunPlan, Stage, outline_path, thumbnail_path
 from pathopipe.pipeline.run import (
+    BegunSlide,
     LaneReports,
     Pass,
     Prepared,
     SlideOutcome,
+    TilesDone,
+    begin_slide,
     check_plan,
     embed_pending,
     finish_slide,
@@ -14,12 +17,15 @@ from pathopipe.pipeline.run import (
 )
 
 __all__ = [
+    "BegunSlide",
     "LaneReports",
     "Pass",
     "Prepared",
     "RunPlan",
     "SlideOutcome",
     "Stage",
+    "TilesDone",
+    "begin_slide",
     "check_plan",
     "embed_pending",
     "finish_slide",

@@ -14,6 +14,7 @@ from pathopipe.files import remove_leftovers
 from pathopipe.records import SlideRef, TileGrid, Tissue
 from pathopipe.report.thumbnail import LONGEST_SIDE_PX, draw_thumbnail, write_png
 from pathopipe.slide.base import Slide
+from pathopipe.slide.cache import local_slide
 from pathopipe.slide.open import open_slide
 from pathopipe.slide.overview import read_overview
 from pathopipe.slide.resolution import require_mpp
@@ -66,12 +67,13 @@ def thumbnail_path(out: Path, slide_id: str) -> Path:
 def opened(ref: SlideRef, config: Config) -> Iterator[Slide]:
     """The slide, open, with a resolution; closed at the end."""
     mpp, source = (ref.mpp, "manifest") if ref.mpp is not None else (config.slide.mpp, "config")
-    slide = open_slide(ref.path, slide_id=ref.slide_id, mpp=mpp, mpp_source=source)
-    try:
-        require_mpp(slide.info)
-        yield slide
-    finally:
-        slide.close()
+    with local_slide(ref.path, config.slide) as path:
+        slide = open_slide(path, slide_id=ref.slide_id, mpp=mpp, mpp_source=source)
+        try:
+            require_mpp(slide.info)
+            yield slide
+        finally:
+            slide.close()
 
 
 def given_mask(slide_id: str, config: Config) -> Path | None:
@@ -126,9 +128,11 @@ def write_pictures(
     slide_id = slide.info.slide_id
     outline, thumbnail = outline_path(plan.out, slide_id), thumbnail_path(plan.out, slide_id)
     for picture in (outline, thumbnail):
+        if again:
+            picture.unlink(missing_ok=True)  # a kill from here on leaves none, so the next run writes it, and cleans up
         if not picture.exists():
             remove_leftovers(picture.parent, picture.name)
-    if again or not outline.exists():
+    if not outline.exists():
         write_tissue_outline(
             outline,
             slide_id,
@@ -136,7 +140,7 @@ def write_pictures(
             slide.info.bounds_l0,
             provenance=digest(inputs_below(store, "tissue", "tissue")),
         )
-    if again or not thumbnail.exists():
+    if not thumbnail.exists():
         mpp = require_mpp(slide.info)
         longest_um = max(side * um for side, um in zip(slide.info.dims_l0, mpp, strict=True))
         overview = read_overview(slide, max(*mpp, longest_um / LONGEST_SIDE_PX))

@@ -4,14 +4,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 import pathopipe
 from pathopipe.config import TilesConfig
-from pathopipe.embeddings.embed import EmbedReport, Lane, embed_chunks
+from pathopipe.embeddings.embed import EmbedReport, Lane, begin_reading, embed_chunks
 from pathopipe.embeddings.recipe import EncoderSpec
 from pathopipe.errors import TooManyBadTilesError
 from pathopipe.pipeline.common import RunPlan, given_mask, inputs_below, opened, tissue_stage, write_pictures
@@ -42,13 +42,17 @@ from pathopipe.tiles.grid import (
     scales_around,
     tiles_settings,
 )
+from pathopipe.tiles.read import TileStream
 from pathopipe.tissue import find_tissue
 
 __all__ = [
+    "BegunSlide",
     "LaneReports",
     "Pass",
     "Prepared",
     "SlideOutcome",
+    "TilesDone",
+    "begin_slide",
     "check_plan",
     "embed_pending",
     "finish_slide",
@@ -58,6 +62,10 @@ __all__ = [
 
 # A chunk is held in memory until it is whole; grids of tokens have rows of half a megabyte.
 _LARGEST_CHUNK_BYTES = 64 * 2**20
+
+
+TilesDone = Callable[[str, int, int], None]
+"""Told a slide's id, tiles done and tiles in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +158,7 @@ def check_plan(refs: Sequence[SlideRef], plan: RunPlan) -> list[str]:
 def run_slide(
     ref: SlideRef,
     plan: RunPlan,
-    on_tiles: Callable[[str, int, int], None] = lambda slide_id, done, total: None,
+    on_tiles: TilesDone = lambda slide_id, done, total: None,
     *,
     claim: Claim | None = None,
 ) -> SlideOutcome:
@@ -169,19 +177,60 @@ def run_slide(
     if claim is None:
         with claimed(plan.out, ref.slide_id) as own:
             return run_slide(ref, plan, on_tiles, claim=own)
+    with begin_slide(ref, plan, claim=claim) as begun:
+        return begun.complete(on_tiles)
+
+
+def begin_slide(ref: SlideRef, plan: RunPlan, *, claim: Claim) -> "BegunSlide":
+    """The small stages of a slide, and the start of its reading; a thread can do it while another slide is embedded.
+
+    Raises:
+        PathopipeError: The slide can't be done; what was finished is kept.
+    """
     started = time.perf_counter()
     prepared = prepare_slide(ref, plan)
-    reports: list[LaneReports] = []
-    for tiles_pass in prepared.passes:
-        done = 0
+    first = _begin_pass(ref, plan, prepared.passes[0], claim) if prepared.passes else None
+    return BegunSlide(prepared, plan, claim, first, time.perf_counter() - started)
 
-        def count(n_tiles: int, total: int = tiles_pass.n_tiles) -> None:
-            nonlocal done
-            done += n_tiles
-            on_tiles(ref.slide_id, done, total)
 
-        reports.append(embed_pending(ref, plan, tiles_pass, count, claim=claim))
-    return replace(finish_slide(prepared, plan, reports), seconds=time.perf_counter() - started)
+class BegunSlide:
+    """A slide whose small stages are done, and whose first tiles are being read."""
+
+    def __init__(
+        self, prepared: "Prepared", plan: RunPlan, claim: Claim, first: "_BegunPass | None", seconds: float
+    ) -> None:
+        self._prepared = prepared
+        self._plan = plan
+        self._claim = claim
+        self._first = first
+        self._seconds = seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the slide; what was not embedded is left for another run."""
+        if self._first is not None:
+            self._first.close()
+
+    def complete(self, on_tiles: TilesDone) -> SlideOutcome:
+        """Embed the tiles and close the slide's stages; see :func:`run_slide`."""
+        started = time.perf_counter()
+        ref = self._prepared.ref
+        reports: list[LaneReports] = []
+        for number, tiles_pass in enumerate(self._prepared.passes):
+            begun = self._first if number == 0 else _begin_pass(ref, self._plan, tiles_pass, self._claim)
+            done = 0
+
+            def count(n_tiles: int, total: int = tiles_pass.n_tiles) -> None:
+                nonlocal done
+                done += n_tiles
+                on_tiles(ref.slide_id, done, total)
+
+            if begun is not None:
+                reports.append(begun.embed(count))
+        outcome = finish_slide(self._prepared, self._plan, reports)
+        return replace(outcome, seconds=self._seconds + time.perf_counter() - started)
 
 
 def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
@@ -268,6 +317,33 @@ def embed_pending(
     Raises:
         StoreBusyError: Another process has taken the slide over.
     """
+    begun = _begin_pass(ref, plan, tiles_pass, claim)
+    return begun.embed(on_tiles) if begun is not None else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _BegunPass:
+    """A pass whose first tiles are being read."""
+
+    grid: str
+    lanes: Mapping[str, Lane]
+    """By encoder."""
+    batches: TileStream
+    slide: contextlib.ExitStack
+    """Closes the slide that is read."""
+
+    def embed(self, on_tiles: Callable[[int], None]) -> LaneReports:
+        with self.slide:
+            reports = embed_chunks(self.batches, tuple(self.lanes.values()), on_tiles=on_tiles)
+        return {(self.grid, name): report for name, report in zip(self.lanes, reports, strict=True)}
+
+    def close(self) -> None:
+        with self.slide:
+            self.batches.close()
+
+
+def _begin_pass(ref: SlideRef, plan: RunPlan, tiles_pass: Pass, claim: Claim | None) -> _BegunPass | None:
+    """Open the slide and begin to read what is still to be embedded; None where that is nothing."""
     store = SlideStore.open(store_path(plan.out, ref.slide_id))
     grid = _known_grid(store, tiles_pass.grid)
     lanes: dict[str, Lane] = {}
@@ -281,11 +357,12 @@ def embed_pending(
             encoder = built(spec_of(name, plan.config), plan, grid.achieved_mpp)
             lanes[name] = Lane(rows, encoder, chunks, batch_size_of(encoder, plan))
     if not lanes:
-        return {}
+        return None
     threads = plan.config.embed.read_threads or plan.threads
-    with opened(ref, plan.config) as slide:
-        reports = embed_chunks(slide, grid, tuple(lanes.values()), threads=threads, on_tiles=on_tiles)
-    return {(grid.name, name): report for name, report in zip(lanes, reports, strict=True)}
+    with contextlib.ExitStack() as stack:
+        slide = stack.enter_context(opened(ref, plan.config))
+        batches = begin_reading(slide, grid, tuple(lanes.values()), threads=threads)
+        return _BegunPass(grid.name, lanes, batches, stack.pop_all())
 
 
 def finish_slide(prepared: Prepared, plan: RunPlan, reports: Iterable[LaneReports]) -> SlideOutcome:

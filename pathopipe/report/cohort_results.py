@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pathopipe.files import listing
 from pathopipe.report.cohort_collect import Prediction
 from pathopipe.report.cohort_words import hide_places
 
@@ -90,16 +90,12 @@ def find_results(folder: Path) -> Results:
     return results
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
-        here = Path(place)
-        depth = len(here.relative_to(folder).parts)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if depth < _DEPTH and name not in _PASSED_OVER and not name.startswith(".") and not name.endswith(".zarr")
-        )
-        yield from (here / name for name in sorted(files) if name in _READERS)
+def _candidates(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    folders, files = listing(folder)
+    yield from (folder / name for name in files if name in _READERS)
+    for name in folders if depth else ():
+        if name not in _PASSED_OVER and not name.startswith(".") and not name.endswith(".zarr"):
+            yield from _candidates(folder / name, depth - 1)
 
 
 def _json(path: Path) -> Any:

@@ -58,7 +58,7 @@ class MapCaption:
 
 def read_picture(path: Path) -> NDArray[np.uint8] | None:
     """(height, width, 3) RGB of a picture file; None where there is none that can be read."""
-    data = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8)
+    data = np.frombuffer(path.read_bytes() if path.is_file() else b"", np.uint8)
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
     return None if picture is None else np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
 

@@ -61,27 +61,28 @@ def blend_borders(
             band, _ = common_slices(border - overlap_px, 2 * overlap_px, length)
             if band.start < band.stop:
                 rows, columns = (band, slice(0, width)) if is_row else (slice(0, height), band)
-                mean, is_said = _weighted_mean(said, rows, columns, blended, ramp, overlap_px)
+                means, is_said = _weighted_means(said, rows, columns, blended, ramp, overlap_px)
                 is_said &= known[rows, columns]
-                part = maps[rows, columns]
-                part[..., blended] = np.where(is_said[..., None], mean, part[..., blended])
+                for channel, mean in zip(blended, means, strict=True):
+                    np.copyto(maps[rows, columns, channel], mean, where=is_said)
 
 
-def _weighted_mean(
+def _weighted_means(
     said: Sequence[Said], rows: slice, columns: slice, blended: list[int], ramp: NDArray[np.uint16], overlap_px: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """(height, width, channels) what the windows say of a part, and (height, width) whether any says something."""
+    """(channels, height, width) what the windows say of a part, and (height, width) whether any says something."""
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    total = np.zeros((height, width, len(blended)), np.uint16)
+    total = np.zeros((len(blended), height, width), np.uint16)
     weight = np.zeros((height, width), np.uint16)
     for x_px, y_px, maps in said:
         into_y, from_y = common_slices(y_px - overlap_px - rows.start, len(ramp), height)
         into_x, from_x = common_slices(x_px - overlap_px - columns.start, len(ramp), width)
         if into_y.start < into_y.stop and into_x.start < into_x.stop:
             share = np.outer(ramp[from_y], ramp[from_x])
-            total[into_y, into_x] += maps[from_y, from_x][..., blended] * share[..., None]
+            for at, channel in enumerate(blended):
+                total[at, into_y, into_x] += maps[from_y, from_x, channel] * share
             weight[into_y, into_x] += share
-    divisor = np.maximum(weight, 1)[..., None]
+    divisor = np.maximum(weight, 1)
     return ((total + divisor // 2) // divisor).astype(np.uint8), weight > 0
 
 

@@ -60,9 +60,9 @@ def digest_images(examples: Iterable[Example]) -> str:
     for example in examples:
         about = (example.dataset, example.name, example.source, example.mpp, sorted(example.tissue_types or ()))
         images.update(json.dumps([*about, example.rgb.shape, sorted(example.labels)]).encode())
-        images.update(np.ascontiguousarray(example.rgb))
+        images.update(np.ascontiguousarray(example.rgb).data)
         for task in sorted(example.labels):
-            images.update(np.ascontiguousarray(example.labels[task]))
+            images.update(np.ascontiguousarray(example.labels[task]).data)
     return images.hexdigest()
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from pathopipe.segmentation.model import Instances, Layer
 from pathopipe.segmentation.network import NetworkSpec, TaskSpec
-from pathopipe.segmentation.parting import NucleusSize, part_landscape, parting_reach_px
+from pathopipe.segmentation.parting import NucleusSize, grow_labels, part_landscape, parting_reach_px
+from pathopipe.segmentation.trace import Runs, connect_runs, find_runs, paint_runs, sum_runs
 
 __all__ = ["DECODE_VERSION", "instances_of", "layers_of", "map_channels", "reach_px", "to_maps"]
 
@@ -32,9 +33,6 @@ _MIN_UM2 = {"glands": 300.0, "lumina": 40.0, "tissue_types": 2000.0}
 _MIN_HOLE_UM2 = {"glands": 400.0, "lumina": 40.0, "tissue_types": 2000.0}
 _TISSUE_STRIDE = 8
 """Classes of tissue are decided on a grid of this many pixels, from probabilities interpolated between cells of 32."""
-
-_CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.uint8)
-_SQUARE = np.ones((3, 3), np.uint8)
 
 Plane = NDArray[np.uint8]
 
@@ -57,35 +55,44 @@ def map_channels(spec: NetworkSpec) -> tuple[str, ...]:
 def to_maps(outputs: Mapping[str, Tensor], spec: NetworkSpec) -> Tensor:
     """Logits of a batch -> (n, height, width, channels) uint8, on their device; see :func:`map_channels`.
 
-    Probabilities are 0 to 255; classes are those of the highest probability.
+    Probabilities are 0 to 255; classes are those of the highest probability. In memory each channel is a plane.
     """
-    planes: list[Tensor] = []
+    first = outputs[spec.tasks[0].name]
+    scale = 32 if spec.tasks[0].name == "tissue_types" else 1
+    maps = torch.empty(
+        (len(first), len(map_channels(spec)), first.shape[2] * scale, first.shape[3] * scale),
+        dtype=torch.uint8,
+        device=first.device,
+    )
+    at = 0
     for task in spec.tasks:
-        logits = outputs[task.name].float()
+        logits = outputs[task.name]
         if task.name == "tissue_types":
-            planes += _tissue_planes(logits)
+            _tissue_planes(logits.float(), maps[:, at : at + 2])
+            at += 2
             continue
-        n_maps = 2 if task.name in {"nuclei", "glands"} else 1
-        planes += list(_bytes(logits[:, :n_maps].sigmoid()).unbind(1))
+        for channel in range(2 if task.name in {"nuclei", "glands"} else 1):
+            # What a plane is made from lies close together, which is quicker than all channels at once.
+            maps[:, at] = _bytes(logits[:, channel].float().contiguous().sigmoid())
+            at += 1
         if task.name == "nuclei" and len(task.classes) > 1:
-            planes.append((logits[:, n_maps:].argmax(1) + 1).to(torch.uint8))
-    return torch.stack(planes, dim=-1)
+            maps[:, at] = logits[:, 2:].float().argmax(1) + 1
+            at += 1
+    return maps.permute(0, 2, 3, 1)
 
 
 def _bytes(share: Tensor) -> Tensor:
-    return (share * 255).round_().to(torch.uint8)
+    return share.mul_(255).round_()
 
 
-def _tissue_planes(logits: Tensor) -> list[Tensor]:
+def _tissue_planes(logits: Tensor, into: Tensor) -> None:
     share = functional.interpolate(
         logits.softmax(1), scale_factor=32 // _TISSUE_STRIDE, mode="bilinear", align_corners=False
     )
     highest, at = share.max(1)
-
-    def enlarged(plane: Tensor) -> Tensor:
-        return plane.repeat_interleave(_TISSUE_STRIDE, 1).repeat_interleave(_TISSUE_STRIDE, 2)
-
-    return [enlarged((at + 1).to(torch.uint8)), enlarged(_bytes(highest))]
+    for plane, values in ((0, at + 1), (1, _bytes(highest))):
+        small = values.to(torch.uint8)
+        into[:, plane] = small.repeat_interleave(_TISSUE_STRIDE, 1).repeat_interleave(_TISSUE_STRIDE, 2)
 
 
 def layers_of(spec: NetworkSpec) -> tuple[Layer, ...]:
@@ -115,7 +122,7 @@ def instances_of(maps: Plane, spec: NetworkSpec, mpp: float) -> dict[str, Instan
         spec: The network.
         mpp: Micrometres per pixel of the maps.
     """
-    plane = {name: np.ascontiguousarray(maps[..., at]) for at, name in enumerate(map_channels(spec))}
+    plane: dict[str, Plane] = {name: np.ascontiguousarray(maps[..., at]) for at, name in enumerate(map_channels(spec))}
     found: dict[str, Instances] = {}
     for task in spec.tasks:
         if task.name == "nuclei":
@@ -129,38 +136,18 @@ def instances_of(maps: Plane, spec: NetworkSpec, mpp: float) -> dict[str, Instan
     return found
 
 
-def _instances(labels: NDArray[np.int32], inside: Plane) -> Instances:
-    """Objects of one class; how sure the network is of one is its mean over the object."""
-    n = int(labels.max(initial=0))
-    return Instances(labels, np.zeros(n, np.uint8), _mean_share(labels, inside, n))
-
-
-def _mean_share(labels: NDArray[np.int32], plane: Plane, n: int) -> NDArray[np.float32]:
-    at = np.flatnonzero(labels)
-    label = labels.ravel()[at]
-    total = np.bincount(label, weights=plane.ravel()[at], minlength=n + 1)[1:]
-    count = np.maximum(np.bincount(label, minlength=n + 1)[1:], 1)
-    return (total / count / 255).astype(np.float32)
-
-
 def _nuclei(plane: Mapping[str, Plane], task: TaskSpec, mpp: float) -> Instances:
     inside, distance = plane["nuclei.inside"], plane["nuclei.distance"]
     nuclear = (inside >= _NUCLEAR).view(np.uint8)
     landscape = cv2.blur(distance, (3, 3), borderType=cv2.BORDER_REPLICATE)
-    labels = part_landscape(landscape, nuclear, mpp, _SIZE)
-    kept = np.concatenate([[False], _mean_share(labels, inside, int(labels.max(initial=0))) >= _SURE])
-    number = np.cumsum(kept, dtype=np.int32)
-    number[~kept] = 0
-    labels = number[labels]
-    found = _instances(labels, inside)
-    if "nuclei.class" not in plane or not len(found.class_id):
-        return found
+    labels, share = part_landscape(landscape, nuclear, inside, mpp, _SIZE, sure=_SURE)
+    if "nuclei.class" not in plane or not len(share):
+        return Instances(labels, np.zeros(len(share), np.uint8), share)
     # Every pixel of a nucleus votes.
     n_classes, at = len(task.classes), np.flatnonzero(labels)
     vote = np.clip(plane["nuclei.class"].ravel()[at].astype(np.int64) - 1, 0, n_classes - 1)
-    votes = np.bincount((labels.ravel()[at] - 1) * n_classes + vote, minlength=len(found.class_id) * n_classes).reshape(
-        -1, n_classes
-    )
+    votes = np.bincount((labels.ravel()[at] - 1) * n_classes + vote, minlength=len(share) * n_classes)
+    votes = votes.reshape(-1, n_classes)
     return Instances(
         labels,
         votes.argmax(axis=1).astype(np.uint8),
@@ -170,37 +157,47 @@ def _nuclei(plane: Mapping[str, Plane], task: TaskSpec, mpp: float) -> Instances
 
 def _glands(plane: Mapping[str, Plane], mpp: float) -> Instances:
     inside = (plane["glands.inside"] >= _GLAND).view(np.uint8)
-    core = inside & (plane["glands.border"] < _BORDER).view(np.uint8)
-    labels = _components(core)
-    grown = labels.astype(np.float32)
-    for step in range(max(round(_GLAND_GROW_UM / mpp), 1)):
-        free = inside & (grown == 0).view(np.uint8)
-        cv2.copyTo(cv2.dilate(grown, _SQUARE if step % 2 else _CROSS), free, grown)
-    return _instances(grown.astype(np.int32), plane["glands.inside"])
+    runs, part = _connected(inside & (plane["glands.border"] < _BORDER).view(np.uint8))
+    if not len(part):
+        return _instances(runs, part, plane["glands.inside"])
+    grown = grow_labels(paint_runs(runs, part + 1, inside.shape), inside, max(round(_GLAND_GROW_UM / mpp), 1))
+    runs = find_runs(np.pad(grown, 1))
+    return _instances(runs, runs.label - 1, plane["glands.inside"])
 
 
 def _lumina(plane: Mapping[str, Plane]) -> Instances:
     inside = (plane["lumina.inside"] >= _LUMEN).view(np.uint8)
     if "glands.inside" in plane:
         inside &= (plane["glands.inside"] >= _GLAND).view(np.uint8)
-    return _instances(_components(inside), plane["lumina.inside"])
-
-
-def _components(mask: Plane) -> NDArray[np.int32]:
-    labels: NDArray[np.int32] = cv2.connectedComponents(mask, connectivity=4, ltype=cv2.CV_32S)[1]
-    return labels
+    return _instances(*_connected(inside), plane["lumina.inside"])
 
 
 def _tissue_types(plane: Mapping[str, Plane]) -> Instances:
-    kind = plane["tissue_types.class"]
-    labels = np.zeros(kind.shape, np.int32)
-    class_id: list[NDArray[np.uint8]] = []
-    n = 0
-    for one in np.unique(kind[kind > 0]).tolist():
-        parts = _components((kind == one).view(np.uint8))
-        n_parts = int(parts.max())
-        np.copyto(labels, parts + n, where=parts > 0)
-        class_id.append(np.full(n_parts, one - 1, np.uint8))
-        n += n_parts
-    ids = np.concatenate(class_id) if class_id else np.zeros(0, np.uint8)
-    return Instances(labels, ids, _mean_share(labels, plane["tissue_types.probability"], n))
+    runs, part = _connected(plane["tissue_types.class"])
+    n = int(part.max(initial=-1)) + 1
+    class_id = np.empty(n, np.uint8)
+    class_id[part] = runs.label - 1
+    # By class, and within it as they stand in the image.
+    order = np.argsort(class_id, kind="stable")
+    number = np.empty(n, np.int64)
+    number[order] = np.arange(n)
+    found = _instances(runs, number[part], plane["tissue_types.probability"])
+    return Instances(found.labels, class_id[order], found.class_probability)
+
+
+def _connected(plane: Plane) -> tuple[Runs, NDArray[np.int32]]:
+    """The runs of what is not 0, and for each its 4-connected part of one value; from 0, in the order of the pixels."""
+    framed = np.pad(plane, 1)
+    runs = find_runs(framed)
+    return runs, connect_runs(runs, framed)
+
+
+def _instances(runs: Runs, part: NDArray[np.integer], plane: Plane) -> Instances:
+    """Objects of one class; how sure the network is of one is its mean over the object."""
+    if not len(part):
+        return Instances(np.zeros(plane.shape, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.float32))
+    n = int(part.max()) + 1
+    area_px = np.bincount(part, runs.stop - runs.start, minlength=n)
+    share = np.bincount(part, sum_runs(runs, plane), minlength=n) / area_px / 255
+    labels = paint_runs(runs, (part + 1).astype(np.int32), (plane.shape[0], plane.shape[1]))
+    return Instances(labels, np.zeros(n, np.uint8), share.astype(np.float32))

@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
-__all__ = ["N_LEVELS", "NucleusSize", "part_landscape", "part_nuclei", "parting_reach_px"]
+from pathopipe.segmentation.trace import Runs, connect_runs, find_runs, paint_runs, sum_runs
+
+__all__ = ["N_LEVELS", "NucleusSize", "grow_labels", "part_landscape", "part_nuclei", "parting_reach_px"]
 
 Plane = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -93,33 +97,42 @@ def part_nuclei(signal: Plane, mpp: float, size: NucleusSize) -> NDArray[np.int3
     labels, n = _choose(_levels(signal, nuclear, mpp), mpp, size)
     if n == 0:
         return np.zeros(signal.shape, np.int32)
-    _grow(labels, nuclear, _px(_GROW_UM, mpp))
+    labels = grow_labels(labels, nuclear, _px(_GROW_UM, mpp))
     _peel(labels, n, signal, _px(_PEEL_UM, mpp))
     labels, n = _opened(labels)
     return _checked(labels, n, signal, mpp, size)
 
 
-def part_landscape(landscape: Plane, nuclear: Plane, mpp: float, size: NucleusSize) -> NDArray[np.int32]:
+def part_landscape(
+    landscape: Plane, nuclear: Plane, inside: Plane, mpp: float, size: NucleusSize, *, sure: float
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Find the nuclei of a landscape that rises from their edges to their middles, as networks draw it.
 
     Args:
         landscape: (height, width) 0 to 255.
         nuclear: (height, width) 1 where there are nuclei, 0 elsewhere; small holes are filled.
+        inside: (height, width) how probable a nucleus is, 0 to 255 for 0 to 1.
         mpp: Micrometres per pixel.
         size: What counts as a nucleus.
+        sure: Least mean probability of a nucleus.
 
     Returns:
-        (height, width) 0 for background, nuclei 1 to n in the order of their first pixels; local as those of
-        :func:`part_nuclei` are.
+        (height, width) 0 for background, nuclei 1 to n in the order of their first pixels, local as those of
+        :func:`part_nuclei` are; and (n,) their mean probabilities.
     """
     nuclear = _fill_holes(nuclear, _HOLE_UM2 / mpp**2)
-    levels = ((landscape.astype(np.uint16) * N_LEVELS) >> 8).astype(np.uint8) + nuclear
-    labels, n = _choose(np.minimum(levels, N_LEVELS) * nuclear, mpp, size)
+    level_of = np.minimum((np.arange(256) * N_LEVELS >> 8) + 1, N_LEVELS).astype(np.uint8)
+    labels, n = _choose(cv2.LUT(landscape, level_of) * nuclear, mpp, size)
     if n == 0:
-        return np.zeros(landscape.shape, np.int32)
-    _grow(labels, nuclear, _px(_GROW_UM, mpp))
+        return np.zeros(landscape.shape, np.int32), np.zeros(0, np.float32)
+    labels = grow_labels(labels, nuclear, _px(_GROW_UM, mpp))
     labels, n = _opened(labels)
-    return _of_size(labels, n, mpp, size)
+    runs, part = _runs_and_parts(labels)
+    area_px = np.bincount(part, runs.stop - runs.start, minlength=n)
+    share = (np.bincount(part, sum_runs(runs, inside), minlength=n) / area_px / 255).astype(np.float32)
+    area_um2 = area_px * mpp**2
+    kept = (area_um2 >= size.min_um2) & (area_um2 <= size.max_um2) & (share >= sure)
+    return _kept_only(runs, part, kept, landscape.shape), share[kept]
 
 
 def _px(length_um: float, mpp: float) -> int:
@@ -128,15 +141,12 @@ def _px(length_um: float, mpp: float) -> int:
 
 def _fill_holes(mask: Plane, most_px: float) -> Plane:
     """Add the holes of at most ``most_px`` pixels to a mask of zeros and ones."""
-    parts = cv2.connectedComponents(mask ^ 1, connectivity=4, ltype=cv2.CV_32S)[1].ravel()
-    # Nearly all background is part 1; looking at the others alone saves most of the work.
-    other = np.flatnonzero(parts > 1)
-    part = parts[other]
-    filled = mask.copy()
-    filled.ravel()[other[(np.bincount(part) <= most_px)[part]]] = 1
-    n_first = mask.size - cv2.countNonZero(mask) - len(other)
-    if 0 < n_first <= most_px:
-        filled.ravel()[parts == 1] = 1
+    framed = np.pad(mask ^ 1, 1)
+    runs = find_runs(framed)
+    part = connect_runs(runs, framed)
+    small = (np.bincount(part, runs.stop - runs.start) <= most_px)[part]
+    holes = Runs(runs.start[small], runs.stop[small], runs.label[small])
+    filled: Plane = mask | paint_runs(holes, holes.label, mask.shape)
     return filled
 
 
@@ -163,14 +173,16 @@ def _levels(signal: Plane, nuclear: Plane, mpp: float) -> Plane:
 
 
 class _Tier(NamedTuple):
-    """The connected parts at one level: rows are parts, row 0 is none."""
+    """The connected parts at one level, as runs of pixels in a framed image."""
 
-    at: Ints
-    """(pixels,) where, in rows of the image."""
+    start: NDArray[np.int32]
+    """(runs,)"""
+    length: Ints
+    """(runs,)"""
     part: NDArray[np.int32]
-    """(pixels,) which part."""
+    """(runs,) which part, from 0."""
     parent: NDArray[np.int32]
-    """(parts,) the part one level below that holds it."""
+    """(parts,) the part one level below that holds it; 0 at the lowest."""
     area_px: Floats
     """(parts,)"""
     rating: Ints
@@ -179,43 +191,58 @@ class _Tier(NamedTuple):
 
 def _choose(levels: Plane, mpp: float, size: NucleusSize) -> tuple[Labels, int]:
     """The best-rated parts that do not overlap, as labels."""
-    levels = levels.copy()
-    flat = levels.ravel()
-    at = np.flatnonzero(flat > 0)
-    level = flat[at]
-    row = at // levels.shape[1]
-    x, y = (at - row * levels.shape[1]).astype(np.float64), row.astype(np.float64)
+    framed = np.pad(levels, 1)
+    width = framed.shape[1]
+    at = np.flatnonzero(framed).astype(np.int32)  # half as many bytes to move
+    level = framed.ravel()[at]
     tiers: list[_Tier] = []
-    parts: NDArray[np.int32] | None = None
     for height in range(1, N_LEVELS + 1):
         if not len(at):
             break
-        n, found = cv2.connectedComponents((levels >= height).view(np.uint8), connectivity=8, ltype=cv2.CV_32S)
-        part = found.ravel()[at]
-        any_pixel = np.zeros(n, np.int64)
-        any_pixel[part] = at
-        shapes = _shapes(part, n, x, y)
+        first = np.flatnonzero(np.diff(at, prepend=-1) != 1)
+        start, length = at[first], np.diff(first, append=len(at))
+        n, part = _connect_diagonally(start, start + length.astype(np.int32), width)
+        shapes = _shapes(part, n, start.astype(np.int64), length, width)
         rating = _rate(shapes, mpp, size)
-        parent = np.zeros(n, np.int32) if parts is None else parts.ravel()[any_pixel]
-        tiers.append(_Tier(at, part, parent, shapes.area_px, rating))
-        parts = found
+        parent = np.zeros(n, np.int32)
+        if tiers:
+            parent[part] = tiers[-1].part[np.searchsorted(tiers[-1].start, start, side="right") - 1]
+        tiers.append(_Tier(start, length, part, parent, shapes.area_px, rating))
         # Nothing within a part that is too small, or round enough, is of interest.
         closed = (rating == _SMALL) | (rating >= round(_ROUND_ENOUGH * _SCORE_STEPS))
-        on = ~closed[part] & (level > height)
-        flat[at[~on]] = 0
-        at, x, y, level = at[on], x[on], y[on], level[on]
-    pixels, numbers, n_nuclei = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], 0
+        on = np.repeat(~closed[part], length) & (level > height)
+        at, level = at[on], level[on]
+    starts, lengths, numbers = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    n_nuclei = 0
     for tier, taken in zip(tiers, _best(tiers), strict=True):
-        number = np.cumsum(taken, dtype=np.int32) + n_nuclei
+        number = np.cumsum(taken, dtype=np.int32) + np.int32(n_nuclei)
         hit = taken[tier.part]
-        pixels.append(tier.at[hit])
+        starts.append(tier.start[hit])
+        lengths.append(tier.length[hit])
         numbers.append(number[tier.part[hit]])
         n_nuclei = int(number[-1])
-    return _painted(levels.shape, np.concatenate(pixels), np.concatenate(numbers), n_nuclei), n_nuclei
+    order = np.argsort(np.concatenate(starts))
+    chosen = np.concatenate(starts)[order].astype(np.int64)
+    runs = Runs(chosen, chosen + np.concatenate(lengths)[order], np.concatenate(numbers)[order])
+    return _painted(runs, n_nuclei, levels.shape), n_nuclei
+
+
+def _connect_diagonally(start: NDArray[np.int32], stop: NDArray[np.int32], width: int) -> tuple[int, NDArray[np.int32]]:
+    """How many 8-connected parts runs of a framed image make, and the part of each; in the order of their pixels."""
+    # The runs of the next row that touch a run stand in a row themselves.
+    first = np.searchsorted(stop, start + np.int32(width))
+    count = np.searchsorted(start, stop + np.int32(width), side="right") - first
+    offsets = np.concatenate([[0], np.cumsum(count)])
+    below = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], count)
+    graph = csr_array(
+        (np.ones(len(below)), below.astype(np.int32), offsets.astype(np.int32)), shape=(len(start), len(start))
+    )
+    n, part = connected_components(graph, directed=False)
+    return int(n), part
 
 
 class _Shapes(NamedTuple):
-    """Of parts given by their pixels; row 0 means nothing."""
+    """Of parts given by their runs."""
 
     area_px: Floats
     extent_px: Floats
@@ -226,24 +253,29 @@ class _Shapes(NamedTuple):
     """Short over long axis of that ellipse."""
 
 
-def _shapes(part: NDArray[np.int32], n: int, x: Floats, y: Floats) -> _Shapes:
-    """Shapes of parts 0 to n - 1 from sums over pixels: whole numbers below 2**53, hence exact in any order."""
+def _shapes(part: NDArray[np.integer], n: int, start: Ints, length: Ints, width: int) -> _Shapes:
+    """Shapes of parts 0 to n - 1 from sums over pixels: whole numbers below 2**53, hence exact in any order.
 
-    def total(weights: Floats) -> Floats:
-        return np.bincount(part, weights=weights, minlength=n).astype(np.float64, copy=False)
+    Runs are in the order of their pixels in an image of ``width``, and every part has some.
+    """
+    y = start // width
+    x = start - y * width
 
-    area = np.maximum(np.bincount(part, minlength=n), 1).astype(np.float64)
-    left, top = np.full(n, np.inf), np.full(n, np.inf)
-    right, bottom = np.full(n, -np.inf), np.full(n, -np.inf)
-    for least, most, value in ((left, right, x), (top, bottom, y)):
-        np.minimum.at(least, part, value)
-        np.maximum.at(most, part, value)
-    left[0] = right[0] = top[0] = bottom[0] = 0
-    sum_x, sum_y = total(x), total(y)
+    def total(values: Ints) -> Floats:
+        return np.bincount(part, weights=values, minlength=n).astype(np.float64, copy=False)
+
+    left, right = np.full(n, width), np.zeros(n, np.int64)
+    np.minimum.at(left, part, x)
+    np.maximum.at(right, part, x + length - 1)
+    top, bottom = np.empty(n, np.int64), np.empty(n, np.int64)
+    top[part[::-1]], bottom[part] = y[::-1], y  # the last to be written stays
+    of_x = length * (2 * x + length - 1) // 2
+    area, sum_x, sum_y = total(length), total(of_x), total(length * y)
     # About each part's own corner: the same numbers wherever the part lies in the image.
-    sum_xx = total(x * x) + (area * left - 2 * sum_x) * left
-    sum_yy = total(y * y) + (area * top - 2 * sum_y) * top
-    sum_xy = total(x * y) + area * left * top - left * sum_y - top * sum_x
+    of_xx = length * x * (x + length - 1) + (length - 1) * length * (2 * length - 1) // 6
+    sum_xx = total(of_xx) + (area * left - 2 * sum_x) * left
+    sum_yy = total(length * y * y) + (area * top - 2 * sum_y) * top
+    sum_xy = total(of_x * y) + area * left * top - left * sum_y - top * sum_x
     sum_x -= area * left
     sum_y -= area * top
     # A pixel is a square, not a point, which adds 1 / 12.
@@ -254,7 +286,7 @@ def _shapes(part: NDArray[np.int32], n: int, x: Floats, y: Floats) -> _Shapes:
     half_sum, half_difference = (xx + yy) / 2, np.sqrt(((xx - yy) / 2) ** 2 + xy * xy)
     return _Shapes(
         area_px=area,
-        extent_px=np.maximum(right - left, bottom - top) + 1,
+        extent_px=np.maximum(right - left, bottom - top) + 1.0,
         fit=np.minimum(area / ellipse, 1),
         axis_ratio=np.sqrt(np.maximum(half_sum - half_difference, 0) / (half_sum + half_difference)),
     )
@@ -268,7 +300,6 @@ def _rate(shapes: _Shapes, mpp: float, size: NucleusSize) -> Ints:
     rating = np.maximum(np.rint(score * _SCORE_STEPS), _UNFIT + 1).astype(np.int64)
     rating[(shapes.extent_px > size.max_extent_um / mpp) | (area_um2 > size.max_um2)] = _UNFIT
     rating[area_um2 < _SEED_UM2] = _SMALL
-    rating[0] = _SMALL
     return rating
 
 
@@ -297,25 +328,38 @@ def _best(tiers: list[_Tier]) -> list[NDArray[np.bool_]]:
     return taken
 
 
-def _painted(shape: tuple[int, int], at: Ints, label: NDArray[np.int32], n: int) -> Labels:
+def _painted(runs: Runs, n: int, shape: tuple[int, int]) -> Labels:
     """A label image, numbered anew by first pixels: of any two labels the order is then the same in every crop."""
-    first = np.full(n + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, label, at)
+    first = np.empty(n + 1, np.int64)
+    first[runs.label[::-1]] = runs.start[::-1]  # the last to be written is the first run
     first[0] = -1
-    number = np.empty(n + 1, np.int32)
-    number[np.argsort(first, kind="stable")] = np.arange(n + 1, dtype=np.int32)
-    labels: Labels = np.zeros(shape, np.uint16 if n <= 65535 else np.float32)
-    labels.ravel()[at] = number[label]
-    return labels
+    number = np.empty(n + 1, np.uint16 if n <= 65535 else np.float32)
+    number[np.argsort(first)] = np.arange(n + 1)
+    return paint_runs(runs, number[runs.label], shape)
 
 
-def _grow(labels: Labels, nuclear: Plane, steps: int) -> None:
-    """Grow labels in place into what is nuclear; where two meet, the later one in raster order gets the pixel."""
-    free = nuclear & (labels == 0).view(np.uint8)
+def grow_labels(labels: Labels, into: Plane, steps: int) -> Labels:
+    """Labels grown into what is marked, by crosses and squares in turn; where two meet, the higher one gets the pixel.
+
+    Args:
+        labels: (height, width), 0 for background.
+        into: (height, width) 1 where they may grow, 0 elsewhere.
+        steps: How many pixels far.
+    """
+    framed = np.pad(labels, 1)
+    flat, width = framed.ravel(), framed.shape[1]
+    free = np.flatnonzero((flat == 0) & np.pad(into, 1).ravel().view(np.bool_)).astype(np.int32)
+    sides, corners = (-1, 1, -width, width), (-width - 1, -width + 1, width - 1, width + 1)
     for step in range(steps):
-        near = cv2.dilate(labels, _SQUARE if step % 2 else _CROSS)
-        cv2.copyTo(near, free, labels)
-        free &= (labels == 0).view(np.uint8)
+        if not len(free):
+            break
+        near = flat[free]
+        for offset in (*sides, *corners) if step % 2 else sides:
+            np.maximum(near, flat[free + np.int32(offset)], out=near)
+        hit = near > 0
+        flat[free[hit]] = near[hit]
+        free = free[~hit]
+    return np.ascontiguousarray(framed[1:-1, 1:-1])
 
 
 def _peel(labels: Labels, n: int, signal: Plane, steps: int) -> None:
@@ -352,41 +396,33 @@ def _opened(labels: Labels) -> tuple[Labels, int]:
     """Open each nucleus by a cross, which takes off spikes; what falls apart becomes objects of their own."""
     inner = _inner(labels)
     # Inner pixels of two labels are never neighbours, so parts can be numbered without looking at labels.
-    n, pieces = cv2.connectedComponents(inner, connectivity=4, ltype=cv2.CV_32S)
-    at = np.flatnonzero(inner > 0)
-    return cv2.dilate(_painted(labels.shape, at, pieces.ravel()[at], n - 1), _CROSS), n - 1
+    framed = np.pad(inner, 1)
+    runs = find_runs(framed)
+    part = connect_runs(runs, framed)
+    n = int(part.max(initial=-1)) + 1
+    pieces = paint_runs(runs, (part + 1).astype(np.uint16 if n <= 65535 else np.float32), labels.shape)
+    return cv2.dilate(pieces, _CROSS), n
 
 
 def _checked(labels: Labels, n: int, signal: Plane, mpp: float, size: NucleusSize) -> NDArray[np.int32]:
     """Keep what is of a nucleus' size, and dark enough for how well it is shaped; 1 to n again."""
-    at, label, shapes = _at_and_shapes(labels, n)
+    runs, part = _runs_and_parts(labels)
+    shapes = _shapes(part, n, runs.start, runs.stop - runs.start, labels.shape[1] + 2)
     area_um2 = shapes.area_px * mpp**2
-    mean = np.bincount(label, weights=signal.ravel()[at], minlength=n + 1) / shapes.area_px
+    mean = np.bincount(part, weights=sum_runs(runs, signal), minlength=n) / shapes.area_px
     kept = (area_um2 >= size.min_um2) & (area_um2 <= size.max_um2)
     kept &= mean >= _MEAN_SIGNAL + _SHAPE_SIGNAL * (_GOOD_FIT - shapes.fit)
-    return _kept_only(labels.shape, at, label, kept)
+    return _kept_only(runs, part, kept, labels.shape)
 
 
-def _of_size(labels: Labels, n: int, mpp: float, size: NucleusSize) -> NDArray[np.int32]:
-    """Keep what is of a nucleus' size; 1 to n again."""
-    at, label, shapes = _at_and_shapes(labels, n)
-    area_um2 = shapes.area_px * mpp**2
-    return _kept_only(labels.shape, at, label, (area_um2 >= size.min_um2) & (area_um2 <= size.max_um2))
+def _runs_and_parts(labels: Labels) -> tuple[Runs, Ints]:
+    """The runs of labels, and for each its label - 1."""
+    runs = find_runs(np.pad(labels, 1))
+    return runs, runs.label.astype(np.int64) - 1
 
 
-def _at_and_shapes(labels: Labels, n: int) -> tuple[Ints, NDArray[np.int32], _Shapes]:
-    at = np.flatnonzero(labels > 0)
-    label = labels.ravel()[at].astype(np.int32)
-    y = at // labels.shape[1]
-    return at, label, _shapes(label, n + 1, (at - y * labels.shape[1]).astype(np.float64), y.astype(np.float64))
-
-
-def _kept_only(
-    shape: tuple[int, ...], at: Ints, label: NDArray[np.int32], kept: NDArray[np.bool_]
-) -> NDArray[np.int32]:
-    kept[0] = False
+def _kept_only(runs: Runs, part: Ints, kept: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.int32]:
     number = np.cumsum(kept, dtype=np.int32)
     number[~kept] = 0
-    out = np.zeros(shape, np.int32)
-    out.ravel()[at] = number[label]
-    return out
+    labels: NDArray[np.int32] = paint_runs(runs, number[part], (shape[0], shape[1]))
+    return labels

@@ -19,11 +19,11 @@ from pathopipe.segmentation.cells import expand_labels
 from pathopipe.segmentation.model import Instances, Layer, Model
 from pathopipe.segmentation.morphology import measure_labels
 from pathopipe.segmentation.stitch import BoxPx, cut_strips, owned_by, regions_of
-from pathopipe.segmentation.trace import trace_labels
+from pathopipe.segmentation.trace import find_runs, trace_labels
 from pathopipe.slide.base import Slide
 from pathopipe.store import PartTable, SlideStore
 from pathopipe.tiles.grid import Windows
-from pathopipe.tiles.read import stream_batches
+from pathopipe.tiles.read import TileStream
 
 __all__ = ["CELLS", "SEGMENT_VERSION", "Plan", "SegmentReport", "plan_regions", "segment_regions"]
 
@@ -147,7 +147,7 @@ def segment_regions(
     order, needs = _order_windows(plan, todo)
     grid = _in_order(plan.windows.grid, order)
     canvas = _Canvas(plan, Counter(window for wanted in needs.values() for window in wanted))
-    batches = stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=plan.model.batch_size, threads=threads)
+    batches = TileStream(slide, grid, [(0, slice(0, len(grid)))], batch_size=plan.model.batch_size, threads=threads)
     waiting: deque[Future[float]] = deque()
     workers = min(threads, _MOST_WORKERS)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="objects")
@@ -252,7 +252,7 @@ class _Canvas:
             column, row = self._plan.windows.place[window].tolist()
             # The images' buffer is used again; and a window that stays must not keep its whole batch with it.
             self._windows[window] = _Window(
-                (column, row), images[index, inner, inner].copy(), maps[index].copy(), bool(readable[index])
+                (column, row), images[index, inner, inner].copy(), maps[index].copy(order="K"), bool(readable[index])
             )
 
     def has(self, windows: Sequence[int]) -> bool:
@@ -274,7 +274,8 @@ def _put_together(plan: Plan, box: BoxPx, windows: Sequence[_Window]) -> _View:
     halo_px, core_px, overlap_px = plan.halo_px, plan.model.core_px, plan.model.overlap_px
     height, width = box.height_px + 2 * halo_px, box.width_px + 2 * halo_px
     rgb = np.full((height, width, 3), 255, np.uint8)
-    maps = np.zeros((height, width, windows[0].maps.shape[-1]), windows[0].maps.dtype)
+    # A plane of memory for each channel: that is how models look at them.
+    maps = np.zeros((windows[0].maps.shape[-1], height, width), windows[0].maps.dtype).transpose(1, 2, 0)
     known = np.zeros((height, width), np.bool_)
     corners = [_corner(plan, box, window) for window in windows]
     bad_windows = 0
@@ -355,7 +356,11 @@ def _joined_part(plan: Plan, box: BoxPx, instances: Instances) -> dict[str, NDAr
     """The pieces of large objects in the core, and what is seen at its borders."""
     halo_px = plan.halo_px
     core = instances.labels[halo_px : halo_px + box.height_px, halo_px : halo_px + box.width_px]
-    area_px = np.bincount(core.ravel(), minlength=len(instances.class_id) + 1)[1:]
+    # Most layers are not in most regions.
+    runs = find_runs(np.pad(core if len(instances.class_id) else core[:0], 1))
+    area_px = np.bincount(runs.label, runs.stop - runs.start, minlength=len(instances.class_id) + 1)[1:].astype(
+        np.int64
+    )
     numbers = np.flatnonzero(area_px) + 1
     outlines = trace_labels(core, origin_px=(box.x_px, box.y_px), scale_l0=plan.windows.factor_l0, numbers=numbers)
     part: dict[str, NDArray[Any]] = {

@@ -157,11 +157,13 @@ def _links(
 
 def _matching(one: Strip, other: Strip, joined_share: float) -> Sequence[tuple[int, int]]:
     """Labels of two regions that are the same object."""
-    _, at_one, at_other = np.intersect1d(one.at, other.at, assume_unique=True, return_indices=True)
-    pairs, shared = np.unique(np.stack([one.label[at_one], other.label[at_other]]), axis=1, return_counts=True)
-    if not len(shared):
-        return []
+    seen = np.zeros(max(one.at.max(initial=-1), other.at.max(initial=-1)) + 1, np.int64)
+    seen[other.at] = other.label
+    met = seen[one.at]
     area_one, area_other = np.bincount(one.label), np.bincount(other.label)
-    smaller = np.minimum(area_one[pairs[0]], area_other[pairs[1]])
-    same = shared >= joined_share * smaller
-    return list(zip(pairs[0, same].tolist(), pairs[1, same].tolist(), strict=True))
+    # One number a pair, for pairs are slow to sort.
+    key = one.label[met > 0].astype(np.int64) * len(area_other) + met[met > 0]
+    pairs, shared = np.unique(key, return_counts=True)
+    first, second = np.divmod(pairs, max(len(area_other), 1))
+    same = shared >= joined_share * np.minimum(area_one[first], area_other[second])
+    return list(zip(first[same].tolist(), second[same].tolist(), strict=True))

@@ -1,7 +1,8 @@
 """Label images to outlines along pixel edges, and outlines back to label images; exact in both directions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
@@ -9,7 +10,16 @@ from scipy.sparse.csgraph import connected_components
 
 from pathopipe.geometry import Outlines, take_outlines
 
-__all__ = ["Runs", "connect_runs", "find_runs", "rasterise_outlines", "runs_at", "trace_labels"]
+__all__ = [
+    "Runs",
+    "connect_runs",
+    "find_runs",
+    "paint_runs",
+    "rasterise_outlines",
+    "runs_at",
+    "sum_runs",
+    "trace_labels",
+]
 
 # A corner has the edges of one of the four pixels around a lattice point. It is convex where this pixel is the inside,
 # and a notch where the inside is around it. The order is such that the corners whose horizontal edge leads west come
@@ -43,7 +53,7 @@ def find_runs(framed: NDArray[np.integer]) -> Runs:
 
 
 def connect_runs(runs: Runs, framed: NDArray[np.integer]) -> NDArray[np.int32]:
-    """Number of the 4-connected region that each run belongs to."""
+    """Number of the 4-connected region that each run belongs to; from 0, in the order of their first runs."""
     flat, width = framed.ravel(), framed.shape[1]
     pairs = []
     # Runs of two rows that meet do so where one of them begins.
@@ -55,7 +65,49 @@ def connect_runs(runs: Runs, framed: NDArray[np.integer]) -> NDArray[np.int32]:
     _, region = connected_components(
         csr_array((np.ones(len(one), np.int8), (one, other)), shape=(n, n)), directed=False
     )
-    return np.asarray(region, np.int32)
+    n_regions = int(region.max(initial=-1)) + 1
+    first = np.empty(n_regions, np.int64)
+    first[region[::-1]] = np.arange(n)[::-1]  # the last to be written is the first run
+    number = np.empty(n_regions, np.int32)
+    number[np.argsort(first)] = np.arange(n_regions, dtype=np.int32)
+    return number[region]
+
+
+def paint_runs(runs: Runs, values: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    """The image of (height, width), without the frame, that has a value on each run and 0 elsewhere.
+
+    Args:
+        runs: In the order of their pixels.
+        values: One for each run.
+        shape: Height and width.
+    """
+    start = _unframed(runs.start, shape[1])
+    stop = start + (runs.stop - runs.start)
+    count = np.empty(2 * len(start) + 1, np.int64)
+    count[1::2] = stop - start
+    count[0:-1:2] = start
+    count[-1] = shape[0] * shape[1]
+    count[2::2] -= stop
+    painted = np.zeros(len(count), values.dtype)
+    painted[1::2] = values
+    return np.repeat(painted, count).reshape(shape)
+
+
+def sum_runs(runs: Runs, plane: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The sum of each run's pixels in (height, width), which is without the frame."""
+    # Four corners of sums over all that is above and to the left; what overflows, all four have lost.
+    total = cv2.integral(plane, sdepth=cv2.CV_32S).ravel()
+    width = plane.shape[1] + 1
+    row, column = np.divmod(runs.start, plane.shape[1] + 2)
+    above = (row - 1) * width + column - 1
+    length = runs.stop - runs.start
+    below = above + width
+    return np.asarray(total[below + length] - total[below] - total[above + length] + total[above], np.int64)
+
+
+def _unframed(pixel: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """Flat indices in the image of pixels given in the framed one."""
+    return pixel - (width + 1) - 2 * (pixel // (width + 2))
 
 
 def runs_at(runs: Runs, pixel: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -107,6 +159,8 @@ def trace_labels(
     """
     if numbers is None:
         numbers = np.arange(1, max(int(labels.max(initial=0)), 0) + 1)
+    if not len(numbers):
+        return Outlines.empty()
     framed = np.pad(labels, 1)
     runs = find_runs(framed)
     region_of_run = connect_runs(runs, framed)
@@ -152,11 +206,17 @@ def _find_corners(
     framed: NDArray[np.integer], runs: Runs, region_of_run: NDArray[np.int32], numbers: NDArray[np.integer]
 ) -> _Corners:
     width, flat = framed.shape[1], framed.ravel()
-    across, down = framed[:, :-1] != framed[:, 1:], framed[:-1] != framed[1:]
-    row, column = np.divmod(np.flatnonzero((across[:-1] | across[1:]) & (down[:, :-1] | down[:, 1:])), width - 1)
-    north = row * width + column
     steps = np.array([0, 1, width, width + 1])
-    nw, ne, sw, se = (flat[north + step] for step in steps.tolist())
+    # A corner lies at the end of a run in the row above or below it.
+    near = np.zeros(framed.size, np.bool_)
+    for before in (runs.start - 1, runs.stop - 1):
+        near[before] = True
+        near[before - width] = True
+    north = np.flatnonzero(near)
+    around = np.stack([flat[north + step] for step in steps.tolist()])
+    turning = (around[0] != around[2]) | (around[1] != around[3])
+    north, (nw, ne, sw, se) = north[turning], around[:, turning]
+    row, column = np.divmod(north, width)
     top, bottom, left, right = nw == ne, sw == se, nw == sw, ne == se
     falling, rising = (nw == se) & (nw > 0), (ne == sw) & (ne > 0)
     for diagonal, one, other in ((falling, 0, 3), (rising, 1, 2)):

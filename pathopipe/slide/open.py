@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pathopipe.errors import SlideOpenError
+from pathopipe.remote import RemotePath, location
 from pathopipe.slide.base import Slide
 from pathopipe.slide.dicom import false_colours, series_files
 from pathopipe.slide.find import only_series
@@ -32,7 +33,9 @@ def open_slide(
         SlideOpenError: The file is missing, can't be read, or is no slide; says which and what to do.
         MissingResolutionError: ``mpp`` is outside 0.05 to 50.
     """
-    path = Path(path)
+    path = location(path)
+    if isinstance(path, RemotePath):
+        raise SlideOpenError(f"{path}: a URL is not opened itself; open the copy that slide.cache.local_slide makes")
     if path.is_dir():
         slide_id = slide_id if slide_id is not None else path.name
         path = only_series(path, slide_id)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import zarr
 from numpy.typing import NDArray
 
 from pathopipe.errors import StoreError
+from pathopipe.files import sizes_below
 from pathopipe.store.groups import Groups, Problem
 
 __all__ = ["EmbeddingArray"]
@@ -23,13 +23,18 @@ class EmbeddingArray:
     def __init__(self, store: Groups, group: str) -> None:
         self._group = group
         self._store = store
-        for name in ("values", "status"):
-            if not (store.path / group / name / "zarr.json").exists():
-                raise StoreError(f"{store.path.stem}: {group}/{name} is missing; compute it anew with --fresh embed")
+        self._values = self._open("values")
+        self._status = self._open("status")
+
+    def _open(self, name: str) -> Any:
+        try:
+            array = zarr.open_array(self._store.zarr_store, path=f"{self._group}/{name}", mode="r+", zarr_format=3)
+        except FileNotFoundError:
+            raise StoreError(
+                f"{self._store.path.stem}: {self._group}/{name} is missing; compute it anew with --fresh embed"
+            ) from None
         # Zarr keeps this setting in memory only: without it a chunk of nothing but NaN would never be there.
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            self._values = zarr.open_array(store.zarr_store, path=f"{group}/values", mode="r+")
-            self._status = zarr.open_array(store.zarr_store, path=f"{group}/status", mode="r+")
+        return array.with_config({"write_empty_chunks": True})
 
     @property
     def rows(self) -> int:
@@ -68,8 +73,8 @@ class EmbeddingArray:
     def done_chunks(self) -> list[int]:
         """The chunks whose ``values`` object is there with its exact length; nothing else says so."""
         length = self.chunk_rows * self.features * self._values.dtype.itemsize + _CHECKSUM_BYTES
-        folder = self._store.path / self._group / "values" / "c"
-        return [chunk for chunk in range(self.n_chunks) if _size_bytes(folder / str(chunk) / "0") == length]
+        sizes = sizes_below(self._store.path / self._group / "values" / "c")
+        return [chunk for chunk in range(self.n_chunks) if sizes.get(f"{chunk}/0") == length]
 
     def bad_chunks(self) -> list[int]:
         """Done chunks that hold a row whose status is not ok, or that can't be read back."""
@@ -142,10 +147,3 @@ class EmbeddingArray:
                         self._group,
                         f"chunk {chunk}: status and values contradict each other; compute it again with --retry-bad",
                     )
-
-
-def _size_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return -1

@@ -1,8 +1,6 @@
 """The groups of a store: attributes, whole tables, damage; each object on disk is whole before it bears its name."""
 
-import contextlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,9 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from pathopipe.errors import StoreError
-from pathopipe.files import durable_file
+from pathopipe.files import durable_file, listing, remove_tree
+from pathopipe.remote import RemotePath, location
+from pathopipe.store.object_store import RemoteStore
 
 __all__ = ["Groups", "Problem"]
 
@@ -56,11 +56,15 @@ class _DurableStore(LocalStore):
 
 
 class Groups:
-    """A Zarr hierarchy on disk in which a stage counts as done when the attributes of its group hold ``inputs``."""
+    """A Zarr hierarchy in which a stage counts as done when the attributes of its group hold ``inputs``.
+
+    Args:
+        path: Its folder, on disk or in a bucket.
+    """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.zarr_store = _DurableStore(self.path)
+        self.path = location(path)
+        self.zarr_store = RemoteStore(self.path) if isinstance(self.path, RemotePath) else _DurableStore(self.path)
 
     def inputs(self, group: str) -> dict[str, Any] | None:
         """What a stage's group was computed from, or None where the stage is not finished."""
@@ -80,6 +84,12 @@ class Groups:
             metadata = json.loads((self.path / group / "zarr.json").read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise StoreError(
+                f"{self.path / group}: can't be read ({error.strerror or error}); run the same command again when that "
+                "is mended",
+                slide_id=self.path.stem,
+            ) from error
         except ValueError as error:
             raise StoreError(
                 f"{self.path / group / 'zarr.json'}: not valid JSON ({error}); delete {self.path / group} and run "
@@ -98,7 +108,7 @@ class Groups:
         self._write_group(group, attributes)
 
     def _ensure_group(self, group: str) -> None:
-        if not (self.path / group / "zarr.json").exists():
+        if not (self.path / group / "zarr.json").is_file():
             self._write_group(group, {})
 
     def _write_group(self, group: str, attributes: Mapping[str, Any]) -> None:
@@ -118,15 +128,14 @@ class Groups:
 
     def children(self, group: str) -> list[str]:
         """Names of the groups and arrays in a group."""
-        folder = self.path / group
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        return listing(self.path / group)[0]
 
     def clear(self, group: str) -> None:
         """Delete a group and all in it."""
         # The metadata goes first: whatever interrupts the rest, the group no longer counts as done.
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            (self.path / group / "zarr.json").unlink()
-        shutil.rmtree(self.path / group, ignore_errors=True)
+        if isinstance(self.zarr_store, RemoteStore):
+            self.zarr_store.forget()
+        remove_tree(self.path / group, first="zarr.json")
 
     def write_table(self, name: str, array: NDArray[Any]) -> None:
         """Store one array whole."""
@@ -147,26 +156,35 @@ class Groups:
 
     def read_array(self, name: str) -> NDArray[Any]:
         """One array; StoreError where it is damaged."""
-        problem = self.damage(name)
-        if problem is not None:
-            raise StoreError(f"{self.path.stem}: {name} {problem}", slide_id=self.path.stem)
-        return np.asarray(zarr.open_array(self.zarr_store, path=name, mode="r")[...])
+        found = self._read(name, keep=True)
+        if isinstance(found, str):
+            raise StoreError(f"{self.path.stem}: {name} {found}", slide_id=self.path.stem)
+        return found
 
     def damage(self, name: str) -> str | None:
         """What is wrong with an array, and what mends it; None where it can be read."""
+        found = self._read(name, keep=False)
+        return found if isinstance(found, str) else None
+
+    def _read(self, name: str, *, keep: bool) -> NDArray[Any] | str:
+        """An array, or what is wrong with it; without ``keep`` nothing of it, but all of it was read."""
         room = name.partition("/")[0]
         stage = room != "embeddings"
         mend = _MENDS.get(room, "compute it anew")
         try:
-            array = zarr.open_array(self.zarr_store, path=name, mode="r")
+            array = zarr.open_array(self.zarr_store, path=name, mode="r", zarr_format=3)
             # Zarr reads a missing chunk as zeros.
             if stage and array.size and array.nchunks_initialized != array.nchunks:
                 return f"lacks {array.nchunks - array.nchunks_initialized} of {array.nchunks} chunks; {mend}"
+            if keep:
+                return np.asarray(array[...])
             for start in range(0, max(1, array.shape[0]), array.chunks[0]):
                 array[start : start + array.chunks[0]]
         except FileNotFoundError:
             return f"is missing; {mend if stage else 'compute it anew with --fresh embed'}"
+        except StoreError:  # the way there is broken, not the array
+            raise
         except Exception as error:  # damage shows in a dozen ways
             kind = "fails its checksum" if "checksum" in str(error) else f"can't be read ({type(error).__name__})"
             return f"{kind}; {mend}"
-        return None
+        return np.empty(0)

@@ -1,6 +1,5 @@
 """The objects of a slide in its store: parts by region while it is segmented, then one set of flat arrays a layer."""
 
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pathopipe.errors import StoreError
-from pathopipe.files import durable_file
+from pathopipe.files import durable_file, listing, move_tree, remove_tree
 from pathopipe.geometry import Outlines
 from pathopipe.records import ObjectClass, ObjectTable
+from pathopipe.remote import RemotePath
 from pathopipe.store.groups import Groups, Problem
 
 __all__ = ["ObjectArray", "PartTable", "write_objects"]
@@ -33,7 +33,7 @@ class PartTable:
 
     def done(self) -> set[str]:
         """Names of the regions that are there."""
-        return {path.stem for path in self._folder.glob("*.npz")}
+        return {name.removesuffix(".npz") for name in listing(self._folder)[1] if name.endswith(".npz")}
 
     def write(self, region: str, columns: Mapping[str, NDArray[Any]]) -> None:
         """Store the arrays of one region."""
@@ -82,7 +82,9 @@ class ObjectArray:
         self._arrays = {}
         for name in self.COLUMNS:
             try:
-                self._arrays[name] = zarr.open_array(groups.zarr_store, path=f"{self._group}/{name}", mode="r")
+                self._arrays[name] = zarr.open_array(
+                    groups.zarr_store, path=f"{self._group}/{name}", mode="r", zarr_format=3
+                )
             except FileNotFoundError:
                 raise StoreError(f"{self._slide_id}: {self._group}/{name} is missing; {_MEND}") from None
             missing = self._arrays[name].nchunks - self._arrays[name].nchunks_initialized
@@ -214,7 +216,8 @@ def write_objects(groups: Groups, layer: str, tables: Iterable[ObjectTable], *, 
     # A layer that is there stays until its successor is whole.
     replaces = groups.inputs(whole) is not None
     group = f"{whole}.new" if replaces else whole
-    for name in ObjectArray.COLUMNS:
+    groups.clear(f"{whole}.new")  # what a kill left of an earlier one
+    for name in ObjectArray.COLUMNS if not replaces else ():
         groups.clear(f"{group}/{name}")
     columns: dict[str, _Column] = {}
     head: ObjectTable | None = None
@@ -248,9 +251,13 @@ def write_objects(groups: Groups, layer: str, tables: Iterable[ObjectTable], *, 
         "parent_layer": head.parent_layer,
         "objects": n_objects,
     }
-    groups.write_attributes(group, {**about, **described})
+    moves_at_once = replaces and not isinstance(groups.path, RemotePath)
+    if moves_at_once:
+        groups.write_attributes(group, {**about, **described})
     if replaces:
         groups.clear(whole)
-        (groups.path / group).rename(groups.path / whole)
-    shutil.rmtree(groups.path / whole / "parts", ignore_errors=True)
+        move_tree(groups.path / group, groups.path / whole)
+    if not moves_at_once:
+        groups.write_attributes(whole, {**about, **described})
+    remove_tree(groups.path / whole / "parts")
     return n_objects

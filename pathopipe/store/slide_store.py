@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from pathopipe.errors import StoreChangedError, StoreError
-from pathopipe.files import one_at_a_time, remove_leftovers
+from pathopipe.files import remove_leftovers
 from pathopipe.geometry import Ragged, polygons_from_ragged, polygons_to_ragged
 from pathopipe.records import ObjectTable, SlideInfo, TileGrid, Tissue
+from pathopipe.store.claims import one_writer
 from pathopipe.store.embeddings import EmbeddingArray
 from pathopipe.store.groups import Groups, Problem
 from pathopipe.store.objects import ObjectArray, PartTable, write_objects
@@ -287,7 +288,7 @@ class SlideStore(Groups):
         Raises:
             StoreBusyError: Another process is at it.
         """
-        with one_at_a_time(self.path.parent / f".{self.path.stem}.objects.lock", f"the objects of {self.path.stem}"):
+        with one_writer(self.path.parent / f".{self.path.stem}.objects.lock", f"the objects of {self.path.stem}"):
             yield
 
     def imported_layers(self) -> list[str]:

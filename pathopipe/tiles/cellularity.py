@@ -16,7 +16,7 @@ from pathopipe.records import TileGrid
 from pathopipe.slide.base import Slide
 from pathopipe.stain import STAIN_STEP_OD, STAIN_ZERO, optical_density, stain_bytes
 from pathopipe.tiles.grid import name_of_share
-from pathopipe.tiles.read import stream_batches
+from pathopipe.tiles.read import TileStream
 
 __all__ = ["cellularity", "select_cellular"]
 
@@ -74,7 +74,7 @@ def cellularity(slide: Slide, grid: TileGrid, *, threads: int = 1, dark_field: b
     reach_px = 2 * max(1, round(_NUCLEUS_UM * low.side_px / side_um / 2)) + 1
     counts = np.zeros((len(grid), _BINS), np.uint32)
     readable = np.ones(len(grid), np.bool_)
-    batches = stream_batches(slide, low, [(0, slice(0, len(grid)))], batch_size=_BATCH, threads=threads)
+    batches = TileStream(slide, low, [(0, slice(0, len(grid)))], batch_size=_BATCH, threads=threads)
     for batch in batches:
         readable[batch.rows] = batch.readable
         counts[batch.rows] = _signals(batch.images, reach_px, dark_field)

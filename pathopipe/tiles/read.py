@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from pathopipe.records import TileGrid
 from pathopipe.slide.base import Slide
 from pathopipe.tiles.plan import ReadPlan, plan_reading
 
-__all__ = ["TileBatch", "read_tile", "stream_batches"]
+__all__ = ["TileBatch", "TileStream", "read_tile"]
 
 # Neighbouring tiles share the file's own compressed blocks, so a thread takes a few in a row.
 _TILES_A_TASK = 4
@@ -64,17 +64,8 @@ def _read_into(tile: NDArray[np.uint8], slide: Slide, grid: TileGrid, plan: Read
         tile[...] = cv2.resize(slide.read(region), tile.shape[:2], interpolation=_FILTERS[grid.resample])
 
 
-def stream_batches(
-    slide: Slide,
-    grid: TileGrid,
-    chunks: Iterable[tuple[int, slice]],
-    *,
-    batch_size: int,
-    threads: int,
-    look_ahead: int = 3,
-    allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] = lambda shape: np.empty(shape, np.uint8),
-) -> Generator[TileBatch, None, None]:
-    """Read the tiles of some chunks, in order, ``look_ahead`` batches ahead of the consumer.
+class TileStream(Iterator[TileBatch]):
+    """The tiles of some chunks as batches, in order; threads read ahead from the moment that it is made.
 
     A batch never crosses a chunk. A tile that can't be read is marked and does not stop the others. Memory is
     ``look_ahead + 1`` batches, however large the slide.
@@ -88,29 +79,62 @@ def stream_batches(
         look_ahead: Batches read before they are asked for.
         allocate: Makes the buffers; a GPU wants pinned memory.
     """
-    plan = plan_reading(slide, grid)
-    free = deque(allocate((batch_size, grid.side_px, grid.side_px, 3)) for _ in range(look_ahead + 1))
-    todo = (
-        (chunk, slice(first, min(first + batch_size, rows.stop)))
-        for chunk, rows in chunks
-        for first in range(rows.start, rows.stop, batch_size)
-    )
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-    try:
-        waiting: deque[_Pending] = deque()
-        while True:
-            while free:
-                following = next(todo, None)
-                if following is None:
-                    break
-                waiting.append(_Pending(slide, grid, plan, *following, free.popleft(), pool))
-            if not waiting:
+
+    def __init__(
+        self,
+        slide: Slide,
+        grid: TileGrid,
+        chunks: Iterable[tuple[int, slice]],
+        *,
+        batch_size: int,
+        threads: int,
+        look_ahead: int = 3,
+        allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] = lambda shape: np.empty(shape, np.uint8),
+    ) -> None:
+        self._slide, self._grid = slide, grid
+        self._plan = plan_reading(slide, grid)
+        self._free = deque(allocate((batch_size, grid.side_px, grid.side_px, 3)) for _ in range(look_ahead + 1))
+        self._todo: Iterator[tuple[int, slice]] = (
+            (chunk, slice(first, min(first + batch_size, rows.stop)))
+            for chunk, rows in chunks
+            for first in range(rows.start, rows.stop, batch_size)
+        )
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._waiting: deque[_Pending] = deque()
+        self._in_use: NDArray[np.uint8] | None = None
+        self._read_ahead()
+
+    def __next__(self) -> TileBatch:
+        """The next batch; the buffer of the last one is used again."""
+        if self._in_use is not None:
+            self._free.append(self._in_use)
+            self._in_use = None
+        self._read_ahead()
+        if not self._waiting:
+            self.close()
+            raise StopIteration
+        pending = self._waiting.popleft()
+        try:
+            batch = pending.batch()
+        except BaseException:
+            self.close()
+            raise
+        self._in_use = pending.buffer
+        return batch
+
+    def close(self) -> None:
+        """End the threads; what they are at is finished, nothing else is begun."""
+        self._todo = iter(())
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._waiting.clear()
+
+    def _read_ahead(self) -> None:
+        while self._free:
+            following = next(self._todo, None)
+            if following is None:
                 return
-            pending = waiting.popleft()
-            yield pending.batch()
-            free.append(pending.buffer)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            pending = _Pending(self._slide, self._grid, self._plan, *following, self._free.popleft(), self._pool)
+            self._waiting.append(pending)
 
 
 class _Pending:

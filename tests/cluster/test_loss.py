@@ -97,7 +97,8 @@ def test_a_run_that_was_killed_is_followed_at_once(slides: Path, undisturbed: di
     wait_until(lambda: chunks_done(tmp_path) > 0, run)
     run.kill()
     run.communicate()
-    assert len(list((tmp_path / "slides").glob(".*.claim"))) == 1
+    # The slide that was embedded, and often the next one, which was begun beside it.
+    assert len(list((tmp_path / "slides").glob(".*.claim"))) in (1, 2)
     again = start(slides, tmp_path)
     _, told = again.communicate(timeout=250)
     assert again.returncode == 0, told
@@ -200,14 +201,14 @@ import os
 from pathopipe.pipeline import run
 
 def dying(whole):
-    def embed_chunks(slide, *arguments, **named):
+    def begin_reading(slide, *arguments, **named):
         if slide.info.slide_id == "s1":
             os.kill(os.getpid(), 9)
         return whole(slide, *arguments, **named)
 
-    return embed_chunks
+    return begin_reading
 
-run.embed_chunks = dying(run.embed_chunks)
+run.begin_reading = dying(run.begin_reading)
 """
 
 

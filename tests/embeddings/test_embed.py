@@ -13,12 +13,21 @@ from pathopipe.cli.progress import describe_outcome
 from pathopipe.config import EmbedConfig, TilesConfig
 from pathopipe.embeddings import embed
 from pathopipe.embeddings.catalog import find_encoder
-from pathopipe.embeddings.embed import EmbedReport, Encoder, Lane, build_encoder, embed_chunks, judge_rows
+from pathopipe.embeddings.embed import (
+    EmbedReport,
+    Encoder,
+    Lane,
+    begin_reading,
+    build_encoder,
+    embed_chunks,
+    judge_rows,
+)
 from pathopipe.errors import TileReadError, UsageError
 from pathopipe.geometry import Region
 from pathopipe.pipeline import SlideOutcome
 from pathopipe.records import TileGrid, Tissue
 from pathopipe.slide.array import ArraySlide
+from pathopipe.slide.base import Slide
 from pathopipe.store import EmbeddingArray, SlideStore
 from pathopipe.tiles.grid import plan_grid
 from pathopipe.tiles.read import TileBatch
@@ -79,9 +88,13 @@ def lane_of(rows: EmbeddingArray, encoder: Encoder, chunks: Iterable[int] | None
     return Lane(rows, encoder, frozenset(range(rows.n_chunks) if chunks is None else chunks), batch_size)
 
 
+def compute(slide: Slide, grid: TileGrid, lanes: list[Lane], *, threads: int, **told: Any) -> list[EmbedReport]:
+    return embed_chunks(begin_reading(slide, grid, lanes, threads=threads), lanes, **told)
+
+
 def run(tmp_path: Path, encoder: Means, slide_type: type[ArraySlide] = ArraySlide) -> EmbeddingArray:
     grid, rows = make(tmp_path)
-    embed_chunks(slide_type(PIXELS, mpp=0.5, slide_id="s"), grid, [lane_of(rows, encoder)], threads=2)
+    compute(slide_type(PIXELS, mpp=0.5, slide_id="s"), grid, [lane_of(rows, encoder)], threads=2)
     return rows
 
 
@@ -116,7 +129,7 @@ def test_reports_tiles_and_faults(tmp_path: Path) -> None:
     grid, rows = make(tmp_path)
     told: list[int] = []
     slide = Faulty(PIXELS, mpp=0.5, slide_id="s")
-    [report] = embed_chunks(slide, grid, [lane_of(rows, Means(), [0, 3])], threads=1, on_tiles=told.append)
+    [report] = compute(slide, grid, [lane_of(rows, Means(), [0, 3])], threads=1, on_tiles=told.append)
     assert (report.tiles, sum(told)) == (20, 20)
     assert report.faults == ("s: x 32, y 0: block 1 is corrupt",)
     assert report.read_s > 0
@@ -160,7 +173,7 @@ def test_the_times_of_a_run_show_what_is_slow(
     grid, rows = make(tmp_path, chunk_rows=64)
     slide = slide_type(PIXELS, mpp=0.5, slide_id="s")
     began = time.perf_counter()
-    [report] = embed_chunks(slide, grid, [lane_of(rows, encoder, [0])], threads=1)
+    [report] = compute(slide, grid, [lane_of(rows, encoder, [0])], threads=1)
     whole = time.perf_counter() - began
     assert report.limited_by() == limit
     assert 0.8 * whole < report.model_s + report.waiting_s + report.write_s <= whole
@@ -192,14 +205,14 @@ class OneAhead(Means):
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Overwrites the tiles of a batch as soon as the next one is asked for, as readers that are ahead do."""
-    stream = embed.stream_batches
+    stream = embed.TileStream
 
     def poisoning(*arguments: Any, **settings: Any) -> Generator[TileBatch, None, None]:
         for batch in stream(*arguments, **settings):
             yield batch
             batch.images[:] = 255
 
-    monkeypatch.setattr(embed, "stream_batches", poisoning)
+    monkeypatch.setattr(embed, "TileStream", poisoning)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -208,7 +221,7 @@ def test_the_next_batch_starts_before_the_last_is_fetched(tmp_path: Path) -> Non
     grid, rows = make(tmp_path)
     log: list[str] = []
     told: list[int] = []
-    [report] = embed_chunks(
+    [report] = compute(
         ArraySlide(PIXELS, mpp=0.5, slide_id="s"),
         grid,
         [lane_of(rows, OneAhead(log))],
@@ -235,7 +248,7 @@ def test_a_device_that_fails_keeps_what_was_written(tmp_path: Path) -> None:
     grid, rows = make(tmp_path)
     slide = ArraySlide(PIXELS, mpp=0.5, slide_id="s")
     with pytest.raises(RuntimeError, match="the device is gone"):
-        embed_chunks(slide, grid, [lane_of(rows, Failing([]))], threads=2)
+        compute(slide, grid, [lane_of(rows, Failing([]))], threads=2)
     assert rows.done_chunks() == [0, 1]
 
 
@@ -249,7 +262,7 @@ def test_what_was_finished_before_a_crash_stays(tmp_path: Path) -> None:
     grid, rows = make(tmp_path)
     slide = ArraySlide(PIXELS, mpp=0.5, slide_id="s")
     with pytest.raises(RuntimeError, match="the model broke"):
-        embed_chunks(slide, grid, [lane_of(rows, Crashing())], threads=2)
+        compute(slide, grid, [lane_of(rows, Crashing())], threads=2)
     assert rows.done_chunks() == [0, 1]
 
 
@@ -275,7 +288,7 @@ def test_several_encoders_share_what_is_read_and_nothing_else(tmp_path: Path) ->
     few = Means({3: 1.0})
     lanes = [lane_of(first, Means()), lane_of(others[0], few, [0, 2], 3), lane_of(others[1], OneAhead(log), [0, 6], 8)]
     slide = Counting(PIXELS, mpp=0.5, slide_id="s")
-    reports = embed_chunks(slide, grid, lanes, threads=1)
+    reports = compute(slide, grid, lanes, threads=1)
     assert slide.n_reads == len(grid)
     assert [report.tiles for report in reports] == [64, 20, 14]
     assert others[0].done_chunks() == [0, 2]

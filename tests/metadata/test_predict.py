@@ -2,61 +2,29 @@
 
 import csv
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from planted_cohorts import QUICK, planted
 
 from pathopipe.errors import EncoderError, StoreError, UsageError
 from pathopipe.metadata.cases import Case, MetadataCohort
 from pathopipe.metadata.evaluate import ALL, MULTITASK, OutOfFold, read_oof
-from pathopipe.metadata.model import MODALITIES
-from pathopipe.metadata.predict import (
-    MetadataModel,
-    Prediction,
-    load_ensemble,
-    modality_sets,
-    predict,
-    right_of,
-    surety_of,
-    value_of,
-    without_class_weights,
-    write_csv,
-    write_json_lines,
-)
-from pathopipe.metadata.settings import MetadataConfig
-from pathopipe.metadata.train import deal_folds, train, train_fold
+from pathopipe.metadata.model import MetadataModel
+from pathopipe.metadata.network import MODALITIES, modality_sets
+from pathopipe.metadata.predict import Prediction, load_ensemble, predict, write_csv, write_json_lines
+from pathopipe.metadata.probabilities import surety_of, value_of
+from pathopipe.metadata.splits import deal_folds
+from pathopipe.metadata.train import train, train_fold
 from pathopipe.mil.bags import array_bag
-from pathopipe.mil.targets import TargetSpec
 
-Planted = Callable[..., MetadataCohort]
-
-SETTINGS = MetadataConfig(
-    folds=2,
-    members=2,
-    epochs=15,
-    batch_slides=8,
-    width=16,
-    hidden=16,
-    attention=8,
-    dropout=0.1,
-    learning_rate=1e-2,
-    text_features=16,
-)
+SETTINGS = QUICK.model_copy(update={"members": 2})
 
 
 @pytest.fixture(scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, _one_thread: None, planted: Planted
-) -> tuple[Path, MetadataCohort, OutOfFold]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MetadataCohort, OutOfFold]:
     out = tmp_path_factory.mktemp("trained")
     cohort = planted(120, {"seen": ("image",), "told": ("text", "table")}, strength=3.0, missing=0.2)
     codes = {"a": "SNOMED CT 1", "b": "SNOMED CT 2"}
@@ -67,7 +35,7 @@ def trained(
 Trained = tuple[Path, MetadataCohort, OutOfFold]
 
 
-def test_a_loaded_model_says_what_the_trained_one_said(planted: Planted, tmp_path: Path) -> None:
+def test_a_loaded_model_says_what_the_trained_one_said(tmp_path: Path) -> None:
     cohort = planted(50, {"task": MODALITIES}, missing=0.2, strength=3.0)
     fold = deal_folds(cohort, SETTINGS, seed=0)[0]
     model = train_fold(cohort, fold, SETTINGS.model_copy(update={"epochs": 2})).model
@@ -93,7 +61,7 @@ def test_patients_of_the_training_are_predicted_out_of_fold(trained: Trained) ->
     assert [one.abstained for one in by_task] == oof.abstained[MULTITASK, ALL]["seen"].tolist()
 
 
-def test_new_patients_are_predicted_by_all_models(trained: Trained, planted: Planted) -> None:
+def test_new_patients_are_predicted_by_all_models(trained: Trained) -> None:
     out, _, _ = trained
     fresh = renamed(planted(60, {"seen": ("image",), "told": ("text", "table")}, strength=3.0, seed=5))
     truth = [fresh.tasks[0].classes[int(label)] for label in fresh.truth["seen"][:, 0]]
@@ -179,9 +147,9 @@ def test_folders_without_or_with_damaged_models_are_named(trained: Trained, tmp_
 # --- evidence ----------------------------------------------------------------------------------------------------
 
 
-def test_attention_marks_the_tiles_that_tell(planted: Planted) -> None:
-    cohort = planted(120, {"seen": ("image",)}, give=("image",), strength=3.0)
-    settings = SETTINGS.model_copy(update={"members": 1, "epochs": 40})
+def test_attention_marks_the_tiles_that_tell() -> None:
+    cohort = planted(90, {"seen": ("image",)}, give=("image",), strength=3.0)
+    settings = SETTINGS.model_copy(update={"members": 1, "epochs": 30})
     fold = deal_folds(cohort, settings, seed=0)[0]
     model = train_fold(cohort, fold, settings).model
     shares = []
@@ -234,37 +202,6 @@ def test_shared_vectors_of_like_slides_lie_near(trained: Trained) -> None:
 
 
 # --- what probabilities mean -------------------------------------------------------------------------------------
-
-
-def test_surety_value_and_right_of_each_kind() -> None:
-    classes = TargetSpec(name="x", kind="multiclass", columns=("x",), classes=("a", "b", "c"))
-    shares = np.asarray([[0.2, 0.7, 0.1], [0.5, 0.3, 0.2], [np.nan] * 3])
-    assert surety_of(classes, shares)[:2].tolist() == [0.7, 0.5]
-    assert [value_of(classes, row) for row in shares] == ["b", "a", ""]
-    np.testing.assert_array_equal(right_of(classes, shares, np.asarray([[1.0], [2], [0]])), [1, 0, np.nan])
-    labels = TargetSpec(name="x", kind="multilabel", columns=("x",), classes=("a", "b"))
-    shares = np.asarray([[0.9, 0.8], [0.1, 0.6]])
-    assert surety_of(labels, shares).tolist() == [0.8, 0.6]
-    assert [value_of(labels, row) for row in shares] == ["a;b", "b"]
-    np.testing.assert_array_equal(right_of(labels, shares, np.asarray([[1.0, np.nan], [0, 0]])), [1, 0])
-    number = TargetSpec(name="x", kind="regression", columns=("x",))
-    assert value_of(number, np.asarray([3.25])) == "3.25"
-    assert np.isnan(surety_of(number, np.asarray([[3.25]]))).all()
-
-
-def test_class_weights_leave_the_odds_of_the_frequencies() -> None:
-    spec = TargetSpec(name="x", kind="multiclass", columns=("x",), classes=("a", "b"), class_weights=(0.5, 4.0))
-    true_odds = np.asarray([0.8, 0.2])
-    learnt = np.log(true_odds * (0.5, 4.0))[None]
-    shares = np.exp(without_class_weights(spec, learnt))
-    np.testing.assert_allclose(shares / shares.sum(), true_odds[None])
-    binary = replace(spec, kind="binary")
-    learnt = np.log([[0.2 * 4 / (0.8 * 0.5)]])
-    np.testing.assert_allclose(1 / (1 + np.exp(-without_class_weights(binary, learnt))), [[0.2]])
-
-
-def test_sets_of_modalities() -> None:
-    assert modality_sets(("image", "table")) == [("image",), ("table",), ("image", "table")]
 
 
 # --- files -------------------------------------------------------------------------------------------------------

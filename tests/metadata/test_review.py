@@ -2,13 +2,13 @@
 
 import csv
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from planted_cohorts import QUICK, planted
+from sklearn.metrics import roc_auc_score
 
 from pathopipe.errors import UsageError
 from pathopipe.metadata.cases import MetadataCohort
@@ -21,6 +21,7 @@ from pathopipe.metadata.review import (
     TopTile,
     check_patients,
     explain,
+    gaussian_precision,
     plant,
     quality,
     rank,
@@ -29,36 +30,14 @@ from pathopipe.metadata.review import (
     with_records,
     write_review,
 )
-from pathopipe.metadata.settings import MetadataConfig
 from pathopipe.metadata.tasks import TaskSpec
 from pathopipe.metadata.train import train
 from pathopipe.mil.targets import TargetSpec
-
-Planted = Callable[..., MetadataCohort]
 
 ORGAN = TargetSpec(name="organ", kind="multiclass", columns=("organ",), classes=("breast", "colon", "lung"))
 STAINS = TargetSpec(name="stain", kind="multilabel", columns=("stain",), classes=("H&E", "PAS"))
 AGE = TargetSpec(name="age", kind="regression", columns=("age",))
 ORGAN_TASK = TaskSpec(name="organ", column="organ", kind="multi-class", classes=("breast", "colon", "lung"))
-
-QUICK = MetadataConfig(
-    folds=2,
-    members=1,
-    epochs=15,
-    batch_slides=8,
-    width=16,
-    hidden=16,
-    attention=8,
-    dropout=0.1,
-    learning_rate=1e-2,
-    text_features=16,
-    draws=100,
-)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def ranked(spec: TargetSpec, truth: object, scores: object, **more: float) -> list[Contradiction]:
@@ -159,6 +138,19 @@ def test_quality_by_hand() -> None:
     assert none.precision_at(5) is None and none.recall is None
 
 
+def test_precision_of_gaussian_evidence() -> None:
+    # What tells nothing finds as many as chance, and near certainty nearly all.
+    assert gaussian_precision(0.5, 0.05) == pytest.approx(0.05)
+    assert gaussian_precision(0.9999, 0.05) > 0.98
+    # The same by drawing records: 5 % wrong, their evidence higher by as much as an AUROC of 0.964 means.
+    rng = np.random.default_rng(0)
+    wrong = np.arange(400_000) < 20_000
+    evidence = rng.standard_normal(400_000) + wrong * 2.5443
+    assert roc_auc_score(wrong, evidence) == pytest.approx(0.964, abs=0.002)
+    first = np.argsort(-evidence)[:20_000]
+    assert gaussian_precision(0.964, 0.05) == pytest.approx(wrong[first].mean(), abs=0.01)
+
+
 # --- with models -------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +160,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def spoilt(planted: Planted, work: Path) -> tuple[MetadataCohort, np.ndarray, Path]:
+def spoilt(work: Path) -> tuple[MetadataCohort, np.ndarray, Path]:
     """100 slides with images that tell one task and reports that tell the other; 5 % of the first are wrong."""
     cohort = planted(100, {"seen": ("image",), "told": ("text",)}, strength=4.0, give=("image", "text"))
     wrong, mask = plant(cohort.tasks[0], cohort.truth["seen"], share=0.05, seed=3)
@@ -229,7 +221,7 @@ def test_slides_of_the_training_keep_their_patient(spoilt: tuple[MetadataCohort,
         load_ensemble(folder / "nowhere")
 
 
-def test_records_are_those_of_the_manifest(planted: Planted, tmp_path: Path) -> None:
+def test_records_are_those_of_the_manifest(tmp_path: Path) -> None:
     cohort = planted(3, {"seen": ("image",), "told": ("text",)})
     (tmp_path / "now.csv").write_text("slide_id,patient_id,seen\ns2,p2,b\ns0,p0,A\ns1,p1,\n")
     now = with_records(cohort, tmp_path / "now.csv", cohort.tasks)

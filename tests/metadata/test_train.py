@@ -1,55 +1,24 @@
-"""Training: each branch learns, masked labels and other parts have no say, patients stay whole, runs go on."""
+"""Training: each branch learns, test and validation slides have no say, patients stay whole, runs go on."""
 
 import csv
 import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from planted_cohorts import QUICK, planted
 
 from pathopipe.errors import UsageError
-from pathopipe.metadata.cases import MetadataCohort
 from pathopipe.metadata.evaluate import ALL, BASELINE, MULTITASK
-from pathopipe.metadata.model import MODALITIES, MetadataNetwork, MetadataShape
-from pathopipe.metadata.predict import Inputs, Preparation
+from pathopipe.metadata.inputs import Preparation
+from pathopipe.metadata.network import MODALITIES
 from pathopipe.metadata.settings import MetadataConfig, load_metadata_config
+from pathopipe.metadata.splits import deal_folds
 from pathopipe.metadata.text import TextVectorizer
-from pathopipe.metadata.train import (
-    deal_folds,
-    find_threshold,
-    fit_network,
-    member_parts,
-    train,
-    train_fold,
-    weighted_loss,
-)
+from pathopipe.metadata.train import train, train_fold
 from pathopipe.mil.bags import array_bag
-from pathopipe.mil.targets import TargetSpec
-
-Planted = Callable[..., MetadataCohort]
-
-QUICK = MetadataConfig(
-    folds=2,
-    members=1,
-    epochs=15,
-    batch_slides=8,
-    width=16,
-    hidden=16,
-    attention=8,
-    dropout=0.1,
-    learning_rate=1e-2,
-    text_features=16,
-    draws=100,
-)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def accuracy(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -61,7 +30,7 @@ def accuracy(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_each_branch_learns_alone(planted: Planted, tmp_path: Path, modality: str) -> None:
+def test_each_branch_learns_alone(tmp_path: Path, modality: str) -> None:
     cohort = planted(80, {"task": (modality,)}, give=(modality,), strength=3.0)
     # The baseline of the image has a learning rate of its own, a slower one.
     settings = QUICK.model_copy(update={"epochs": 40}) if modality == "image" else QUICK
@@ -71,7 +40,7 @@ def test_each_branch_learns_alone(planted: Planted, tmp_path: Path, modality: st
     assert set(oof.used[MULTITASK, ALL]) == {modality}
 
 
-def test_each_task_finds_its_modality_and_image_alone_works(planted: Planted, tmp_path: Path) -> None:
+def test_each_task_finds_its_modality_and_image_alone_works(tmp_path: Path) -> None:
     cohort = planted(120, {"seen": ("image",), "told": ("text",)}, strength=3.0, missing=0.2, unlabelled=0.1)
     oof = train(cohort, QUICK, tmp_path)
     assert accuracy(oof.scores[MULTITASK, "image"]["seen"], oof.truth["seen"]) > 0.8
@@ -86,7 +55,7 @@ def test_each_task_finds_its_modality_and_image_alone_works(planted: Planted, tm
     assert list(oof.used[MULTITASK, ALL]) == ["+".join(case.modalities) for case in cohort.cases]
 
 
-def test_the_number_of_tiles_is_seen_unless_it_is_not_to_be(planted: Planted) -> None:
+def test_the_number_of_tiles_is_seen_unless_it_is_not_to_be() -> None:
     cohort = planted(90, {"task": ("image",)}, give=("image",), strength=0.0)
     # All tiles of all slides are alike; one class has a third of them.
     sizes = np.where(cohort.truth["task"][:, 0] == 1, 3, 9)
@@ -111,36 +80,7 @@ def test_the_number_of_tiles_is_seen_unless_it_is_not_to_be(planted: Planted) ->
         assert (found[view, True][2], found[view, False][2]) == ({"false"}, {"true"})
 
 
-def test_members_learn_from_all_of_the_training_side_together(planted: Planted, tmp_path: Path) -> None:
-    cohort = planted(60, {"task": ("table",)}, give=("table",), slides_a_patient=2, strength=3.0)
-    settings = QUICK.model_copy(update={"members": 3, "epochs": 2})
-    fold = deal_folds(cohort, settings, seed=0)[0]
-    parts = member_parts(cohort, fold, 3, seed=0)
-    assert len(parts) == 3
-    assert sorted(np.concatenate([val for _, val in parts])) == fold.train.tolist()
-    for train_rows, val_rows in parts:
-        assert sorted([*train_rows, *val_rows]) == fold.train.tolist()
-        of_train, of_val = ({cohort.patients[row] for row in rows} for rows in (train_rows, val_rows))
-        assert not of_train & of_val
-        # 15 patients of two classes: each is in every part.
-        assert set(cohort.truth["task"][val_rows, 0]) == {0, 1}
-    train(cohort, settings, tmp_path)
-    with (tmp_path / "folds.csv").open() as file:
-        assert {row["part"] for row in csv.DictReader(file)} == {"train", "test"}
-
-
-def test_one_member_has_the_validation_part_and_two_patients_make_two_members(planted: Planted) -> None:
-    cohort = planted(60, {"task": ("table",)}, give=("table",))
-    fold = deal_folds(cohort, QUICK, seed=0)[0]
-    ((train_rows, val_rows),) = member_parts(cohort, fold, 1, seed=0)
-    assert len(val_rows) > 0
-    np.testing.assert_array_equal(train_rows, fold.train)
-    np.testing.assert_array_equal(val_rows, fold.val)
-    few = replace(fold, train=fold.train[:2], val=fold.train[:0])
-    assert len(member_parts(cohort, few, 5, seed=0)) == 2
-
-
-def test_all_kinds_of_task_at_once(planted: Planted) -> None:
+def test_all_kinds_of_task_at_once() -> None:
     cohort = planted(90, {"stage": ("image",)}, classes=3, give=("image",), strength=3.0)
     stage = cohort.truth["stage"]
     tasks = (
@@ -168,73 +108,7 @@ def test_all_kinds_of_task_at_once(planted: Planted) -> None:
 # --- what must have no influence ---------------------------------------------------------------------------------
 
 
-def fit_once(truth: np.ndarray, specs: list[TargetSpec], rows: np.ndarray, text: np.ndarray) -> MetadataNetwork:
-    n = len(text)
-    inputs = Inputs(
-        bags=(None,) * n,
-        text=text,
-        table=np.zeros((n, 0), np.float32),
-        present=np.tile([False, True, False], (n, 1)),
-        patient=np.arange(n),
-    )
-    torch.manual_seed(0)
-    outputs = tuple(spec.outputs for spec in specs)
-    network = MetadataNetwork(
-        MetadataShape(tile_features=0, text_features=4, table_features=0, outputs=outputs, width=8, hidden=8)
-    )
-    settings = QUICK.model_copy(update={"epochs": 3})
-    return fit_network(
-        network, specs, [1.0] * len(specs), inputs, truth, rows, np.zeros(0, np.intp), settings, seed=0, where="here"
-    )
-
-
-SPECS = [
-    TargetSpec(name="one", kind="binary", columns=("one",), classes=("a", "b")),
-    TargetSpec(name="two", kind="multiclass", columns=("two",), classes=("a", "b", "c")),
-]
-
-
-def test_masked_labels_have_no_influence() -> None:
-    rng = np.random.default_rng(0)
-    text = rng.standard_normal((32, 4)).astype(np.float32)
-    truth = np.stack([rng.integers(0, 2, 32), rng.integers(0, 3, 32)], axis=1).astype(float)
-    truth[:8] = np.nan
-    fitted = fit_once(truth, SPECS, np.arange(32), text)
-    # Slides without any label: other inputs, the same network to the last bit.
-    other = text.copy()
-    other[:8] = 100
-    again = fit_once(truth, SPECS, np.arange(32), other)
-    assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), again.parameters(), strict=True))
-
-
-def test_a_task_without_labels_moves_nothing_but_its_decay() -> None:
-    rng = np.random.default_rng(0)
-    text = rng.standard_normal((32, 4)).astype(np.float32)
-    truth = np.stack([rng.integers(0, 2, 32), np.full(32, np.nan)], axis=1).astype(float)
-    network = fit_once(truth, SPECS, np.arange(32), text)
-    torch.manual_seed(0)
-    fresh = MetadataNetwork(network.shape)
-    assert torch.equal(network.heads[1].bias, fresh.heads[1].bias)
-    assert not torch.equal(network.heads[0].bias, fresh.heads[0].bias)
-
-
-def test_masked_labels_give_no_gradient() -> None:
-    logits = torch.randn(6, 4, requires_grad=True)
-    truth = torch.tensor([[0.0, 2], [1, torch.nan], [torch.nan, 1], [torch.nan, torch.nan], [1, 0], [0, 1]])
-    weighted_loss(SPECS, [1.0, 2.0], logits, truth).backward()
-    reached = logits.grad != 0
-    assert reached[:, 0].tolist() == torch.isfinite(truth[:, 0]).tolist()
-    assert reached[:, 1:].all(dim=1).tolist() == torch.isfinite(truth[:, 1]).tolist()
-    assert not reached[3].any()
-
-
-def test_weights_of_tasks_scale_their_loss() -> None:
-    logits, truth = torch.randn(6, 4), torch.tensor([[0.0, 2], [1, 1], [0, 0], [1, 2], [1, 0], [0, 1]])
-    one, two = weighted_loss(SPECS, [1.0, 0.0], logits, truth), weighted_loss(SPECS, [0.0, 1.0], logits, truth)
-    torch.testing.assert_close(weighted_loss(SPECS, [3.0, 0.5], logits, truth), 3 * one + 0.5 * two)
-
-
-def test_test_slides_reach_neither_weights_nor_vocabulary_nor_scales(planted: Planted) -> None:
+def test_test_slides_reach_neither_weights_nor_vocabulary_nor_scales() -> None:
     cohort = planted(60, {"task": ("image", "text", "table")}, strength=3.0)
     fold = deal_folds(cohort, QUICK, seed=0)[0]
     model = train_fold(cohort, fold, QUICK).model
@@ -256,7 +130,7 @@ def test_test_slides_reach_neither_weights_nor_vocabulary_nor_scales(planted: Pl
     )
 
 
-def test_validation_slides_reach_neither_vocabulary_nor_scales(planted: Planted) -> None:
+def test_validation_slides_reach_neither_vocabulary_nor_scales() -> None:
     cohort = planted(60, {"task": ("text",)}, strength=3.0)
     fold = deal_folds(cohort, QUICK, seed=0)[0]
     other = list(cohort.cases)
@@ -268,7 +142,7 @@ def test_validation_slides_reach_neither_vocabulary_nor_scales(planted: Planted)
     np.testing.assert_array_equal(fitted.inputs(cohort).table, again.inputs(cohort).table)
 
 
-def test_a_patient_never_crosses_and_every_slide_is_tested_once(planted: Planted, tmp_path: Path) -> None:
+def test_a_patient_never_crosses_and_every_slide_is_tested_once(tmp_path: Path) -> None:
     cohort = planted(60, {"task": ("text",)}, give=("text",), slides_a_patient=3, strength=3.0)
     train(cohort, QUICK, tmp_path)
     with (tmp_path / "folds.csv").open() as file:
@@ -286,16 +160,6 @@ def test_a_patient_never_crosses_and_every_slide_is_tested_once(planted: Planted
     assert sorted(tested) == sorted((row["slide_id"], row["fold"]) for row in rows if row["part"] == "test")
 
 
-def test_sites_can_be_left_out_whole(planted: Planted) -> None:
-    cohort = planted(60, {"task": ("text",)}, give=("text",))
-    cohort = replace(cohort, sites=tuple("xyz"[number % 3] for number in range(60)))
-    folds = deal_folds(cohort, QUICK.model_copy(update={"leave_sites_out": True, "folds": 3}), seed=0)
-    for fold in folds:
-        tested = {cohort.sites[row] for row in fold.test}
-        assert len(tested) == 1
-        assert not tested & {cohort.sites[row] for row in (*fold.train, *fold.val)}
-
-
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +167,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_stopped_run_goes_on_and_gives_equal_bytes(planted: Planted, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_and_gives_equal_bytes(tmp_path: Path) -> None:
     cohort = planted(60, {"task": ("image", "text")}, missing=0.2, strength=3.0)
     settings = QUICK.model_copy(update={"epochs": 3})
     whole, parted = tmp_path / "whole", tmp_path / "parted"
@@ -319,7 +183,7 @@ def test_a_stopped_run_goes_on_and_gives_equal_bytes(planted: Planted, tmp_path:
     assert content(whole) == content(parted)
 
 
-def test_another_seed_gives_another_model(planted: Planted, tmp_path: Path) -> None:
+def test_another_seed_gives_another_model(tmp_path: Path) -> None:
     cohort = planted(40, {"task": ("text",)}, give=("text",))
     settings = QUICK.model_copy(update={"epochs": 2})
     first = train(cohort, settings, tmp_path / "0", seed=0)
@@ -335,9 +199,7 @@ def test_another_seed_gives_another_model(planted: Planted, tmp_path: Path) -> N
         ({"cohort": 1}, "other slides"),
     ],
 )
-def test_a_folder_of_another_training_is_refused(
-    planted: Planted, tmp_path: Path, change: dict[str, object], said: str
-) -> None:
+def test_a_folder_of_another_training_is_refused(tmp_path: Path, change: dict[str, object], said: str) -> None:
     settings = QUICK.model_copy(update={"epochs": 1})
     cohort = planted(40, {"task": ("text",)}, give=("text",))
     train(cohort, settings, tmp_path, seed=0)
@@ -348,7 +210,7 @@ def test_a_folder_of_another_training_is_refused(
         train(**{"cohort": cohort, "settings": settings, "out": tmp_path, "seed": 0, **change})  # type: ignore[arg-type]
 
 
-def test_a_loss_that_is_not_finite_stops_with_what_to_do(planted: Planted, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_what_to_do(tmp_path: Path) -> None:
     cohort = planted(40, {"task": ("text",)}, give=("text",))
     settings = QUICK.model_copy(update={"learning_rate": 1e25})
     with pytest.raises(UsageError, match=r"fold fold0, multitask: the loss is .* lower metadata.learning_rate"):
@@ -356,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_do(planted: Planted, tmp_p
     assert not (tmp_path / "oof.csv").exists()
 
 
-def test_a_task_that_a_fold_can_not_learn_is_named(planted: Planted) -> None:
+def test_a_task_that_a_fold_can_not_learn_is_named() -> None:
     cohort = planted(40, {"task": ("text",), "rare": ("text",)}, give=("text",))
     fold = deal_folds(cohort, QUICK, seed=0)[0]
     truth = cohort.truth["rare"].copy()
@@ -365,9 +227,7 @@ def test_a_task_that_a_fold_can_not_learn_is_named(planted: Planted) -> None:
         train_fold(replace(cohort, truth={**cohort.truth, "rare": truth}), fold, QUICK)
 
 
-def test_a_baseline_that_can_not_be_learnt_says_nothing(
-    planted: Planted, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_a_baseline_that_can_not_be_learnt_says_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     cohort = planted(60, {"seen": ("image",), "told": ("text",)}, missing=0.3, strength=3.0)
     truth = cohort.truth["told"].copy()
     truth[[case.bag is not None for case in cohort.cases]] = np.nan
@@ -382,33 +242,7 @@ def test_a_baseline_that_can_not_be_learnt_says_nothing(
 # --- abstention and class weights --------------------------------------------------------------------------------
 
 
-def test_threshold_reaches_the_precision_asked_for_on_fresh_slides() -> None:
-    reached, given = [], []
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        surety = rng.uniform(0.5, 1, 5000)
-        right = (rng.random(5000) < surety).astype(float)
-        cut = find_threshold(surety[:400], right[:400], 0.9)
-        assert cut is not None
-        above = surety[400:] >= cut
-        reached.append(right[400:][above].mean())
-        given.append(above.mean())
-    # By theory 0.8 is the cut above which nine in ten are right.
-    assert np.mean(np.asarray(reached) >= 0.9) > 0.85
-    assert 0.15 < np.mean(given) < 0.4
-
-
-def test_few_or_wrong_predictions_prove_no_precision() -> None:
-    assert find_threshold(np.full(10, 0.99), np.ones(10), 0.9) is None
-    # 0.9 ** 22 is the first power below a tenth.
-    assert find_threshold(np.full(21, 0.99), np.ones(21), 0.9) is None
-    assert find_threshold(np.full(22, 0.99), np.ones(22), 0.9) == 0.99
-    assert find_threshold(np.linspace(0.5, 1, 50), np.zeros(50), 0.9) is None
-    unknown = np.r_[np.ones(22), np.full(50, np.nan)]
-    assert find_threshold(np.r_[np.full(22, 0.7), np.full(50, 0.2)], unknown, 0.9) == 0.7
-
-
-def test_trained_model_abstains_where_it_would_be_wrong(planted: Planted, tmp_path: Path) -> None:
+def test_trained_model_abstains_where_it_would_be_wrong(tmp_path: Path) -> None:
     # A third of the slides show nothing of their class.
     cohort = planted(300, {"task": ("table",)}, give=("table",), strength=3.0)
     cases = [
@@ -424,7 +258,7 @@ def test_trained_model_abstains_where_it_would_be_wrong(planted: Planted, tmp_pa
     assert given[empty].mean() < 0.5
 
 
-def test_class_weights_are_taken_out_of_the_probabilities(planted: Planted, tmp_path: Path) -> None:
+def test_class_weights_are_taken_out_of_the_probabilities(tmp_path: Path) -> None:
     cohort = planted(200, {"task": ("image",)}, give=("image",), strength=0.0)
     truth = (np.random.default_rng(0).random((200, 1)) < 0.1).astype(float)
     oof = train(

@@ -366,6 +366,32 @@ def test_other_settings_are_refused(request_of: TrainRequest, change: dict[str, 
         check_output(other, cohorts)
 
 
+def test_no_folder_above_is_told(request_of: TrainRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside the output folder is found from there; of other files the name alone is kept."""
+    run(request_of)
+    config = json.loads((request_of.out / "config.json").read_text())
+    assert (config["manifest"], config["features"]) == ("../labels.csv", "../features")
+    # Both are the same from another folder, and when all of it has been moved.
+    home = request_of.out.parent
+    monkeypatch.chdir(home)
+    here = replace(request_of, manifest=Path("labels.csv"), features=Path("features"), out=Path("out"))
+    assert run(here) == ["4 of 4 models were there already"]
+    moved = home.with_name(f"{home.name}-moved")
+    home.rename(moved)
+    there = replace(here, manifest=moved / "labels.csv", features=moved / "features", out=moved / "out")
+    assert run(there) == ["4 of 4 models were there already"]
+
+    (moved / "models").mkdir()
+    far = replace(there, out=moved / "models" / "nurse" / "out")
+    cohorts, _ = open_cohorts(far)
+    check_output(far, cohorts)
+    config = json.loads((far.out / "config.json").read_text())
+    assert (config["manifest"], config["features"]) == ("labels.csv", "features")
+    check_output(far, cohorts)
+    with pytest.raises(UsageError, match=r"manifest was labels\.csv, now others\.csv"):
+        check_output(replace(far, manifest=moved / "others.csv"), cohorts)
+
+
 def test_changed_labels_are_refused_and_more_heads_are_not(request_of: TrainRequest) -> None:
     run(request_of)
     assert "4 of 6" in run(replace(request_of, heads=("mean", "max")))[0]

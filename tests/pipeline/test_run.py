@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,7 +38,9 @@ from pathopipe.errors import (
 )
 from pathopipe.geometry import Region
 from pathopipe.pipeline import (
+    BegunSlide,
     RunPlan,
+    SlideOutcome,
     check_plan,
     common,
     embed_pending,
@@ -50,7 +54,7 @@ from pathopipe.records import SlideRef
 from pathopipe.slide.base import Slide
 from pathopipe.slide.open import open_slide
 from pathopipe.store import SlideStore, store_path
-from pathopipe.store.claims import claimed
+from pathopipe.store.claims import Claim, claimed
 from pathopipe.tiles.read import TileBatch
 
 GRID = "256px-0.5um"
@@ -194,14 +198,14 @@ def test_encoders_of_one_grid_share_what_is_read(
     for number, settings in enumerate((["embed.encoder=handcrafted"], ["embed.encoder=timm.test_vit"])):
         run_slide(ref, plan_of(tmp_path / f"alone{number}", *settings))
     read: list[int] = []
-    stream = embed.stream_batches
+    stream = embed.TileStream
 
     def counting(*arguments: Any, **settings: Any) -> Iterator[TileBatch]:
         for batch in stream(*arguments, **settings):
             read.append(len(batch.images))
             yield batch
 
-    monkeypatch.setattr(embed, "stream_batches", counting)
+    monkeypatch.setattr(embed, "TileStream", counting)
     [outcome] = run_cohort([ref], plan_of(tmp_path / "both", both), workers=workers)
     assert outcome.status == "done"
     assert outcome.did == ("tissue", "tiles", "handcrafted", "timm.test_vit")
@@ -455,17 +459,55 @@ def test_a_refused_run_leaves_the_slide_as_sound_as_it_was(
     assert cli("verify", out).code == 0
 
 
+def test_the_next_slide_is_begun_while_one_is_embedded(
+    drawn_slide: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, second_is_begun, waited = cohort.begin_slide, threading.Event(), []
+
+    def told(ref: SlideRef, plan: RunPlan, *, claim: Claim) -> BegunSlide:
+        begun = begin(ref, plan, claim=claim)
+        if ref.slide_id == "second":
+            second_is_begun.set()
+        return begun
+
+    def on_tiles(slide_id: str, done: int, total: int) -> None:
+        if slide_id == "drawn":
+            waited.append(second_is_begun.wait(30))
+
+    monkeypatch.setattr(cohort, "begin_slide", told)
+    refs = [SlideRef("drawn", drawn_slide), SlideRef("second", drawn_slide)]
+    outcomes = run_cohort(refs, plan_of(tmp_path), on_tiles=on_tiles)
+    assert [outcome.status for outcome in outcomes] == ["done", "done"]
+    assert waited
+    assert all(waited)
+    shutil.rmtree(tmp_path / "slides" / "second.zarr")
+    assert arrays_of(tmp_path) == arrays_of(undisturbed)
+
+
+def test_a_run_that_is_stopped_lets_go_of_the_slide_that_it_had_begun(drawn_slide: Path, tmp_path: Path) -> None:
+    def stop(outcome: SlideOutcome) -> None:
+        raise KeyboardInterrupt
+
+    refs = [SlideRef(name, drawn_slide) for name in ("one", "two", "three")]
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        run_cohort(refs, plan_of(tmp_path), on_slide=stop)
+    assert threading.active_count() == threads
+    assert not list((tmp_path / "slides").glob(".*.claim"))
+    assert [outcome.status for outcome in run_cohort(refs, plan_of(tmp_path))] == ["done"] * 3
+
+
 def test_an_output_that_takes_no_files_ends_the_run(
     drawn_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(ref: SlideRef, plan: RunPlan, on_tiles: object, *, claim: object) -> None:
+    def full(ref: SlideRef, plan: RunPlan, *, claim: object) -> None:
         monkeypatch.setattr(cluster_outcomes, "check_writable", refuse)
         raise StoreWriteError("disk full")
 
     def refuse(out: Path) -> None:
         raise StoreWriteError(f"{out}: can't be written (No space left on device)")
 
-    monkeypatch.setattr(cohort, "run_slide", full)
+    monkeypatch.setattr(cohort, "begin_slide", full)
     with pytest.raises(StoreWriteError, match="No space left"):
         run_cohort([SlideRef("a", drawn_slide), SlideRef("b", drawn_slide)], plan_of(tmp_path))
 

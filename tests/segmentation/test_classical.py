@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 from skimage.measure import label as connected
 from skimage.measure import regionprops
@@ -16,7 +17,8 @@ from skimage.measure import regionprops
 from pathopipe.errors import UsageError
 from pathopipe.segmentation.classical import ClassicalNuclei, find_nuclei
 from pathopipe.segmentation.metrics import overlap, panoptic
-from pathopipe.segmentation.parting import NucleusSize, part_nuclei, parting_reach_px
+from pathopipe.segmentation.parting import NucleusSize, _connect_diagonally, _shapes, part_nuclei, parting_reach_px
+from pathopipe.segmentation.trace import Runs, find_runs, paint_runs
 from pathopipe.synth import DrawnSlide, SynthSpec
 
 NUCLEAR, STROMA, GLASS = (95, 62, 140), (226, 178, 205), (243, 242, 244)
@@ -325,3 +327,35 @@ def test_an_image_that_is_none_is_refused() -> None:
         find_nuclei(np.zeros((20, 20), np.uint8), 0.5)
     with pytest.raises(UsageError, match="mpp"):
         find_nuclei(canvas(20, 20), float("nan"))
+
+
+def runs_of(mask: NDArray[np.bool_]) -> Runs:
+    return find_runs(np.pad(mask, 1).astype(np.uint8))
+
+
+@given(mask=arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=14)))
+def test_runs_connect_diagonally_as_pixels_do(mask: NDArray[np.bool_]) -> None:
+    runs = runs_of(mask)
+    n, part = _connect_diagonally(runs.start, runs.stop, mask.shape[1] + 2)
+    found = paint_runs(runs, part + 1, mask.shape)
+    expected, n_expected = connected(mask, connectivity=2, return_num=True)
+    assert n == n_expected
+    assert (found == expected).all()  # both number in the order of first pixels
+
+
+def test_shapes_of_parts_are_those_of_their_pixels() -> None:
+    mask = crowd(3, 160, 60) > 90
+    runs = runs_of(mask)
+    n, part = _connect_diagonally(runs.start, runs.stop, 162)
+    shapes = _shapes(part, n, runs.start, runs.stop - runs.start, 162)
+    regions = regionprops(connected(mask, connectivity=2))
+    assert len(regions) == n > 20
+    for row, region in enumerate(regions):
+        y, x = region.coords.T.astype(float)
+        covariance = np.cov(np.stack([x, y]), bias=True) + np.eye(2) / 12
+        small, large = np.linalg.eigvalsh(covariance)
+        assert shapes.area_px[row] == region.area
+        top, left, bottom, right = region.bbox
+        assert shapes.extent_px[row] == max(bottom - top, right - left)
+        assert shapes.axis_ratio[row] == pytest.approx(np.sqrt(small / large), rel=1e-6)
+        assert shapes.fit[row] == pytest.approx(min(region.area / (4 * np.pi * np.sqrt(small * large)), 1), rel=1e-6)

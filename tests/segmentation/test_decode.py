@@ -86,6 +86,7 @@ def test_maps_are_probabilities_and_classes() -> None:
     }
     maps = to_maps({task: torch.from_numpy(value) for task, value in logits.items()}, spec).numpy()
     assert maps.shape == (2, 64, 96, 8)
+    assert all(maps[0, ..., channel].flags.c_contiguous for channel in range(8))
     assert maps.dtype == np.uint8
     soft = np.concatenate([logits["nuclei"][:, :2], logits["glands"], logits["lumina"]], 1)
     assert np.abs(maps[..., [0, 1, 3, 4, 5]] - np.moveaxis(expit(soft) * 255, 1, -1)).max() <= 0.501
@@ -206,6 +207,31 @@ def test_a_crop_holds_the_same_objects() -> None:
         own = whole[task].labels[first : first + core, first : first + core] > 0
         assert 0.1 < own.mean() < 0.9
         assert (own == (cut[task].labels[inner, inner] > 0)).all()
+
+
+def test_objects_are_as_sure_as_their_pixels_are_on_average() -> None:
+    spec = spec_of("nuclei", "glands", "lumina")
+    maps = rough_maps(420, spec)
+    found = instances_of(maps, spec, MPP)
+    for task, channel in (("nuclei", 0), ("glands", 2), ("lumina", 4)):
+        labels, sure = found[task].labels, found[task].class_probability
+        expected = ndimage.mean(maps[..., channel] / 255, labels, np.arange(1, labels.max() + 1))
+        assert len(sure) == labels.max() > 2
+        assert sure == pytest.approx(expected, abs=1e-6)
+    assert found["nuclei"].class_probability.min() >= 0.75
+
+
+def test_memory_order_of_maps_does_not_matter() -> None:
+    spec = spec_of("nuclei", "glands", "lumina", "tissue_types", n_classes=2)
+    maps = rough_maps(300, spec)
+    maps[..., map_channels(spec).index("tissue_types.class")] = maps[..., 0] // 100
+    planes = np.ascontiguousarray(np.moveaxis(maps, -1, 0))
+    before = planes.copy()
+    found = instances_of(np.moveaxis(planes, 0, -1), spec, MPP)
+    assert (planes == before).all()
+    for task, expected in instances_of(maps, spec, MPP).items():
+        assert (found[task].labels == expected.labels).all()
+        assert (found[task].class_id == expected.class_id).all()
 
 
 # Glands, lumina, tissue

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pathopipe.errors import PathopipeError, UsageError
@@ -93,12 +93,65 @@ def test_maps_do_not_depend_on_the_other_windows(random_model: LearnedModel, win
     assert (one_by_one[[1, 3, 0, 2]] == whole).all()
 
 
+def test_windows_side_by_side_are_as_in_one_thread(random_model: LearnedModel, windows: NDArray[np.uint8]) -> None:
+    torch.set_num_threads(2)
+    try:
+        model = LearnedModel(random_model._network, sha256="0", device="cpu", precision="fp32")
+        assert model.batch_size == 2
+        assert (model.maps(windows) == random_model.maps(windows)).all()
+        assert (model.maps(windows[2:3]) == random_model.maps(windows[2:3])).all()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_batch_on_a_gpu_may_round_a_value_by_one(random_model: LearnedModel, windows: NDArray[np.uint8]) -> None:
     batched = LearnedModel(random_model._network, sha256="0", device="cpu", precision="fp32")
     batched._step = 4  # as on a GPU
     soft = [c for c in range(random_model.maps(windows).shape[-1]) if c not in random_model.categorical]
     apart = np.abs(batched.maps(windows)[..., soft].astype(int) - random_model.maps(windows)[..., soft])
     assert apart.max() <= 1
+
+
+def test_batch_norms_are_folded_into_convolutions(windows: NDArray[np.uint8]) -> None:
+    torch.manual_seed(5)
+    network = SegmentationNetwork(spec_of()).eval()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:  # as after some training
+        torch.nn.init.normal_(norm.running_mean, 0, 0.3)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+        torch.nn.init.normal_(norm.bias, 0, 0.3)
+    folded = learned._folded(network)
+    assert len(norms) > 10
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    pixels = torch.from_numpy(windows[:1]).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        there, wanted = folded(pixels), network(pixels)
+    for name, logits in wanted.items():
+        assert logits.std() > 0.01
+        torch.testing.assert_close(there[name], logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_that_stands_elsewhere_is_left_alone(windows: NDArray[np.uint8]) -> None:
+    class Crossed(SegmentationNetwork):
+        """A norm that stands behind a convolution, but works on what goes into it."""
+
+        def __init__(self, spec: NetworkSpec) -> None:
+            super().__init__(spec)
+            self.mix = nn.Conv2d(3, 3, 1)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, rgb: Tensor) -> dict[str, Tensor]:
+            return {"lumina": self.mix(self.norm(rgb.float() / 255))[:, :1]}
+
+    torch.manual_seed(6)
+    network = Crossed(spec_of("lumina")).eval()
+    torch.nn.init.normal_(network.norm.running_mean, 3, 1)
+    pixels = torch.from_numpy(windows[:1]).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        there, wanted = learned._folded(network)(pixels), network(pixels)
+    assert (there["lumina"] == wanted["lumina"]).all()
 
 
 def test_lattice_fits_the_network(random_model: LearnedModel) -> None:

@@ -12,7 +12,14 @@ from shapely.geometry import Polygon
 
 from pathopipe.geometry import Outlines, outlines_from_shapes, outlines_to_shapes
 from pathopipe.segmentation import trace as trace_module
-from pathopipe.segmentation.trace import rasterise_outlines, trace_labels
+from pathopipe.segmentation.trace import (
+    connect_runs,
+    find_runs,
+    paint_runs,
+    rasterise_outlines,
+    sum_runs,
+    trace_labels,
+)
 from pathopipe.synth import DrawnSlide, SynthSpec
 from pathopipe.tissue.outline import trace as trace_mask
 
@@ -228,3 +235,37 @@ def test_drawing_in_batches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     expected, expected_px = rasterise_outlines(outlines_from_shapes(boxes), 12, 12)
     np.testing.assert_array_equal(drawn, expected)
     assert contested_px == expected_px > 0
+
+
+# Runs
+
+
+@given(labels=SMALL_LABELS)
+def test_painted_runs_are_the_image_again(labels: NDArray[np.int32]) -> None:
+    runs = find_runs(np.pad(labels, 1))
+    painted = paint_runs(runs, runs.label, labels.shape)
+    assert painted.flags.c_contiguous
+    assert (painted == labels).all()
+
+
+@given(labels=SMALL_LABELS, seed=st.integers(0, 9))
+def test_runs_add_up_to_what_their_pixels_do(labels: NDArray[np.int32], seed: int) -> None:
+    plane = np.random.default_rng(seed).integers(0, 256, labels.shape, dtype=np.uint8)
+    runs = find_runs(np.pad(labels, 1))
+    found = np.bincount(runs.label, sum_runs(runs, plane), minlength=4)[1:]
+    assert found.tolist() == ndimage.sum_labels(plane.astype(np.int64), labels, [1, 2, 3]).tolist()
+
+
+@given(labels=SMALL_LABELS)
+def test_connected_runs_are_numbered_as_they_stand_in_the_image(labels: NDArray[np.int32]) -> None:
+    framed = np.pad(labels, 1)
+    runs = find_runs(framed)
+    region = paint_runs(runs, connect_runs(runs, framed) + 1, labels.shape)
+    flat = region.ravel()[region.ravel() > 0]
+    _, first = np.unique(flat, return_index=True)
+    assert (np.diff(first) > 0).all()
+    for value in (1, 2, 3):
+        expected, n = ndimage.label(labels == value)
+        pairs = np.unique(np.stack([expected.ravel(), region.ravel()])[:, expected.ravel() > 0], axis=1)
+        assert pairs[0].tolist() == list(range(1, n + 1))
+        assert len(np.unique(pairs[1])) == n

@@ -211,6 +211,7 @@ train_segmenter(read_settings(data / "settings.yaml"), out, data=data, on_step=l
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_process_that_is_killed_loses_no_more_than_a_checkpoint(
     undisturbed: tuple[Path, Trained, list[float]], data: Path, tmp_path: Path
 ) -> None:

@@ -60,9 +60,9 @@ def same(one: ObjectTable, other: ObjectTable) -> bool:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SlideStore:
+def store(out: Path) -> SlideStore:
     slide = ArraySlide(np.zeros((10, 10, 3), np.uint8), mpp=0.5, slide_id="s")
-    return SlideStore.create_or_open(tmp_path / "s.zarr", slide.info, created_by="test")
+    return SlideStore.create_or_open(out / "s.zarr", slide.info, created_by="test")
 
 
 @pytest.mark.parametrize("sizes", [(100,), (1, 0, 60, 39), (0,)])
@@ -122,6 +122,21 @@ def test_a_layer_that_fails_while_it_is_written_leaves_the_old_one_or_none(store
     store.write_objects("nuclei", [table_of(0, 9)], about={"inputs": {}})
     assert len(store.objects("nuclei")) == 9
     assert store.layers() == ["nuclei"]
+
+
+def test_a_kill_while_a_layer_is_replaced_leaves_no_mixture(store: SlideStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    store.write_objects("nuclei", [table_of(0, 7)], about={"inputs": {}})
+    with monkeypatch.context() as patch:
+        patch.setattr(objects_module, "move_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.write_objects("nuclei", [table_of(0, 9)], about={"inputs": {}})
+    assert "nuclei" not in store.layers()
+    store.write_objects("nuclei", [table_of(0, 9)], about={"inputs": {}})
+    assert store.children("objects") == ["nuclei"]
+    assert same(store.objects("nuclei").read(), table_of(0, 9))
 
 
 @pytest.mark.parametrize("column", ["centroid_l0", "class_id", "vertices_l0"])

@@ -1,7 +1,6 @@
 """The store: whole or absent, chunk by chunk, readable with plain zarr, and honest about damage."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,10 @@ import zarr
 from shapely.geometry import Polygon, box
 
 from pathopipe.errors import StoreChangedError, StoreError
+from pathopipe.files import remove_tree
 from pathopipe.geometry import BoxL0
 from pathopipe.records import Level, MppEvidence, SlideInfo, TileGrid, Tissue
+from pathopipe.remote import RemotePath
 from pathopipe.store import SCHEMA_VERSION, EmbeddingArray, SlideStore, digest, store_path
 
 INFO = SlideInfo(
@@ -52,8 +53,8 @@ GRID = TileGrid(
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SlideStore:
-    return SlideStore.create_or_open(store_path(tmp_path, "s1"), INFO, created_by="test")
+def store(out: Path) -> SlideStore:
+    return SlideStore.create_or_open(store_path(out, "s1"), INFO, created_by="test")
 
 
 @pytest.fixture
@@ -99,7 +100,8 @@ def test_what_goes_in_comes_out(full_store: SlideStore) -> None:
 
 
 def test_plain_zarr_reads_everything(full_store: SlideStore) -> None:
-    group = zarr.open_group(full_store.path, mode="r", zarr_format=3)
+    where = full_store.zarr_store if isinstance(full_store.path, RemotePath) else full_store.path
+    group = zarr.open_group(where, mode="r", zarr_format=3)
     about = group.attrs["pathopipe"]
     assert isinstance(about, dict)
     assert about["schema_version"] == SCHEMA_VERSION
@@ -219,7 +221,7 @@ def test_a_flipped_bit_in_a_compressed_array_is_found(full_store: SlideStore, na
 
 @pytest.mark.parametrize("name", ["tissue/mask", "tissue/vertices_l0", "tiles/256px-0.5um/xy_l0"])
 def test_a_missing_chunk_is_not_read_as_zeros(full_store: SlideStore, name: str) -> None:
-    shutil.rmtree(full_store.path / name / "c")
+    remove_tree(full_store.path / name / "c")
     assert name in [problem.where for problem in full_store.problems()]
     with pytest.raises(StoreError, match=rf"{name} lacks 1 of 1 chunks; compute it anew with .pathopipe run --fresh t"):
         _ = full_store.read_tissue() if name.startswith("tissue") else full_store.read_grid(GRID.name)
@@ -241,7 +243,7 @@ def test_what_is_not_there_is_not_complete(full_store: SlideStore) -> None:
         full_store.embeddings(GRID.name, "e")
     (full_store.path / "embeddings" / GRID.name / "e" / "zarr.json").unlink()
     assert "not finished" in list(full_store.problems())[1].what
-    shutil.rmtree(full_store.path / "embeddings" / GRID.name)
+    remove_tree(full_store.path / "embeddings" / GRID.name)
     assert "none; 'pathopipe run'" in list(full_store.problems())[1].what
 
 
@@ -249,7 +251,7 @@ def test_missing_and_contradicting_chunks_are_found(full_store: SlideStore) -> N
     rows = full_store.embeddings(GRID.name, "e")
     rows.write_chunk(0, np.full((4, 3), np.nan, np.float16), np.ones(4, np.uint8))
     assert "contradict" in next(full_store.problems()).what
-    shutil.rmtree(full_store.path / "embeddings" / GRID.name / "e" / "values" / "c" / "2")
+    remove_tree(full_store.path / "embeddings" / GRID.name / "e" / "values" / "c" / "2")
     assert "lacks 1 of 3 chunks (2)" in next(full_store.problems()).what
 
 

@@ -23,7 +23,7 @@ from pathopipe.store import SlideStore
 from pathopipe.synth import DrawnSlide, SynthSpec
 from pathopipe.tiles.cellularity import select_cellular
 from pathopipe.tiles.grid import check_fit, grid_around, grid_name, plan_grid, scales_around, tiles_settings
-from pathopipe.tiles.read import read_tile, stream_batches
+from pathopipe.tiles.read import TileStream, read_tile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "slide"))
 
@@ -228,7 +228,7 @@ def test_settings_are_checked() -> None:
 
 
 def read_all(slide: Slide, grid: TileGrid) -> np.ndarray:
-    batches = stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=16, threads=2)
+    batches = TileStream(slide, grid, [(0, slice(0, len(grid)))], batch_size=16, threads=2)
     found = [(batch.images.copy(), batch.readable.all()) for batch in batches]
     assert all(good for _, good in found)
     return np.concatenate([images for images, _ in found])

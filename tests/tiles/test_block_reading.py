@@ -18,7 +18,7 @@ from pathopipe.slide.base import Slide
 from pathopipe.slide.open import open_slide
 from pathopipe.slide.openslide import OpenSlideReader
 from pathopipe.tiles.grid import plan_grid
-from pathopipe.tiles.read import read_tile, stream_batches
+from pathopipe.tiles.read import TileStream, read_tile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "slide"))
 
@@ -40,7 +40,7 @@ def grid_of(slide: Slide, **settings: Any) -> TileGrid:
 
 def read_all(slide: Slide, grid: TileGrid, threads: int = 2, batch_size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """All tiles and which of them are readable."""
-    batches = stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=batch_size, threads=threads)
+    batches = TileStream(slide, grid, [(0, slice(0, len(grid)))], batch_size=batch_size, threads=threads)
     found = [(batch.images.copy(), batch.readable) for batch in batches]
     return np.concatenate([images for images, _ in found]), np.concatenate([readable for _, readable in found])
 
@@ -133,7 +133,7 @@ def test_a_bad_block_costs_the_tiles_that_touch_it(
         set_tag(path, 0, name, [wrong if n == 17 else value for n, value in enumerate(tag_values(path, name))])
     slide = open_slide(path)
     grid = grid_of(slide, **settings)
-    batches = list(stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=len(grid), threads=3))
+    batches = list(TileStream(slide, grid, [(0, slice(0, len(grid)))], batch_size=len(grid), threads=3))
     np.testing.assert_array_equal(batches[0].readable, ~touches(grid, 2, 3))
     assert len(batches[0].faults) == np.count_nonzero(~batches[0].readable)
     assert all("can't be read" in fault for fault in batches[0].faults)
@@ -152,4 +152,4 @@ def test_a_grid_planned_for_dct_is_refused_by_a_reader_without(svs: Path) -> Non
     grid = grid_of(slide, mpp=0.5)
     other = ArraySlide(picture(1501, 1203), mpp=0.25, slide_id="s")
     with pytest.raises(SlideError, match=r"--fresh tiles"):
-        next(stream_batches(other, grid, [(0, slice(0, 4))], batch_size=4, threads=1))
+        next(TileStream(other, grid, [(0, slice(0, 4))], batch_size=4, threads=1))

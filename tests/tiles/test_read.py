@@ -16,7 +16,7 @@ from pathopipe.geometry import Region
 from pathopipe.records import TileGrid, Tissue
 from pathopipe.slide.array import ArraySlide
 from pathopipe.tiles.grid import plan_grid
-from pathopipe.tiles.read import read_tile, stream_batches
+from pathopipe.tiles.read import TileStream, read_tile
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (300, 500, 3)).astype(np.uint8)
 TISSUE = Tissue(np.ones((4, 4), np.uint8), (8.0, 8.0), (), ())
@@ -46,7 +46,7 @@ def test_every_tile_comes_once_in_order_with_its_pixels(batch_size: int, threads
         for number, first in enumerate(range(0, len(grid), chunk_rows))
     ]
     seen = []
-    for batch in stream_batches(slide, grid, chunks, batch_size=batch_size, threads=threads):
+    for batch in TileStream(slide, grid, chunks, batch_size=batch_size, threads=threads):
         rows = chunks[batch.chunk][1]
         assert rows.start <= batch.rows.start < batch.rows.stop <= rows.stop
         for row, image in zip(range(batch.rows.start, batch.rows.stop), batch.images, strict=True):
@@ -77,7 +77,7 @@ def test_one_bad_tile_is_marked_and_the_rest_is_read() -> None:
     bad = Faulty(PIXELS, mpp=0.5, slide_id="s")
     row = int(np.flatnonzero((grid.xy_l0 == (64, 32)).all(axis=1))[0])
     chunks = [(0, slice(0, len(grid)))]
-    for batch in stream_batches(bad, grid, chunks, batch_size=40, threads=3):
+    for batch in TileStream(bad, grid, chunks, batch_size=40, threads=3):
         rows = np.arange(batch.rows.start, batch.rows.stop)
         assert batch.readable.tolist() == (rows != row).tolist()
         assert len(batch.faults) == int(row in rows)
@@ -93,7 +93,7 @@ def test_a_bug_in_a_reader_is_not_taken_for_a_bad_tile() -> None:
 
     _, grid = make()
     with pytest.raises(ZeroDivisionError):
-        list(stream_batches(Broken(PIXELS, mpp=0.5, slide_id="s"), grid, [(0, slice(0, 9))], batch_size=4, threads=2))
+        list(TileStream(Broken(PIXELS, mpp=0.5, slide_id="s"), grid, [(0, slice(0, 9))], batch_size=4, threads=2))
 
 
 def test_look_ahead_is_bounded() -> None:
@@ -106,7 +106,7 @@ def test_look_ahead_is_bounded() -> None:
 
     _, grid = make()
     slide = Counting(PIXELS, mpp=0.5, slide_id="s")
-    batches = stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=8, threads=2, look_ahead=2)
+    batches = TileStream(slide, grid, [(0, slice(0, len(grid)))], batch_size=8, threads=2, look_ahead=2)
     next(batches)
     deadline = time.monotonic() + 5
     while len(reads) < 24 and time.monotonic() < deadline:
@@ -126,7 +126,7 @@ def test_the_next_batch_is_read_while_this_one_is_used() -> None:
             return super().read(region)
 
     _, grid = make()
-    batches = stream_batches(Slow(PIXELS, mpp=0.5, slide_id="s"), grid, [(0, slice(0, 4))], batch_size=1, threads=1)
+    batches = TileStream(Slow(PIXELS, mpp=0.5, slide_id="s"), grid, [(0, slice(0, 4))], batch_size=1, threads=1)
     next(batches)
     assert asked.wait(5)
     batches.close()
@@ -135,7 +135,7 @@ def test_the_next_batch_is_read_while_this_one_is_used() -> None:
 def test_stopping_early_ends_the_threads() -> None:
     slide, grid = make()
     before = threading.active_count()
-    batches = stream_batches(slide, grid, [(0, slice(0, len(grid)))], batch_size=4, threads=3)
+    batches = TileStream(slide, grid, [(0, slice(0, len(grid)))], batch_size=4, threads=3)
     next(batches)
     batches.close()
     assert threading.active_count() == before
@@ -149,6 +149,6 @@ def test_buffers_come_from_the_allocator() -> None:
         made.append(shape)
         return np.empty(shape, np.uint8)
 
-    list(stream_batches(slide, grid, [(0, slice(0, 50))], batch_size=8, threads=1, look_ahead=2, allocate=allocate))
+    list(TileStream(slide, grid, [(0, slice(0, 50))], batch_size=8, threads=1, look_ahead=2, allocate=allocate))
     assert made == [(8, 32, 32, 3)] * 3
-    assert not list(stream_batches(slide, replace(grid), [], batch_size=8, threads=1))
+    assert not list(TileStream(slide, replace(grid), [], batch_size=8, threads=1))

@@ -223,3 +223,49 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     assert inputs == {
         path.relative_to(tmp_path / "killed"): receipt.inputs for path, receipt in read_receipts(tmp_path / "killed")
     }
+
+
+EVERY_RULE = """
+manifest: cohort.csv
+out: results
+segment: [nuclei]
+verify: end
+set: [segment.model=classical, tissue.min_region_mm2=0]
+metadata:
+- {name: fields, command: train, options: [--tasks, fields.yaml, --set, metadata.folds=2, --set, metadata.epochs=2]}
+mil:
+- {name: outcome, command: train, options: [--target, outcome, --folds, "2", --head, mean, --set, mil.epochs=2]}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_rule(tmp_path: Path) -> None:
+    """Objects, models and the report, which the plan alone does not try; then a model is applied, and no more."""
+    lines = ["slide_id,path,patient_id,site,outcome"]
+    for number in range(2):
+        write_slide(tmp_path / f"drawn{number}.tiff", SynthSpec(width_px=700, height_px=700, mpp=0.5, seed=number))
+    for number in range(10):
+        (tmp_path / f"{number}.tiff").hardlink_to(tmp_path / f"drawn{number % 2}.tiff")
+        lines.append(f"s{number},{number}.tiff,P{number},{'AB'[number // 2 % 2]},{('low', 'high')[number % 2]}")
+    (tmp_path / "cohort.csv").write_text("\n".join(lines))
+    (tmp_path / "fields.yaml").write_text("tasks:\n- {name: outcome, kind: multi-class, classes: [low, high]}\n")
+    run = ("--configfile", "config.yaml", "--profile", str(PROFILE))
+    out = write(tmp_path, EVERY_RULE) / "results"
+    code, said = snakemake(tmp_path, *run)
+    assert code == 0, said
+    once = ("all", "plan", "mil", "metadata", "summary", "report", "status")
+    assert jobs_of(said) == {**dict.fromkeys(once, 1), **dict.fromkeys(("embed", "segment", "verify"), 10)}
+    assert {(receipt.stage, receipt.status) for _, receipt in read_receipts(out)} == {
+        (stage, "ok") for stage in ("embed", "segment", "verify")
+    }
+    assert "10 of 10 slides without failure" in said
+    for name in ("mil/outcome/results.csv", "metadata/fields/figures.csv", "geojson/s0.nuclei.geojson", "report.html"):
+        assert (out / name).stat().st_size, name
+
+    write(tmp_path, EVERY_RULE + "- {name: again, command: predict, options: [--model, results/mil/outcome]}\n")
+    code, said = snakemake(tmp_path, *run)
+    assert code == 0, said
+    assert jobs_of(said) == dict.fromkeys(("all", "mil", "report", "status"), 1)
+    assert len((out / "mil" / "again" / "predictions.csv").read_text().splitlines()) == 11
+    assert list(out.glob("slides/s0.zarr/predictions/*"))

@@ -23,4 +23,5 @@ rule segment:
         layers=",".join(config["segment"]),
     shell:
         "pathopipe segment --out {params.out:q} --slide-id={wildcards.slide_id:q} {params.options}"
-        " --tasks {params.layers:q} --after {input.before:q} --receipt {output:q} -- {params.slide:q} > {log:q} 2>&1"
+        " --tasks {params.layers:q} --threads {threads} --after {input.before:q} --receipt {output:q}"
+        " -- {params.slide:q} > {log:q} 2>&1"

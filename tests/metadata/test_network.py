@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from pathopipe.errors import UsageError
-from pathopipe.metadata.model import (
+from pathopipe.metadata.network import (
     MetadataNetwork,
     MetadataShape,
     SlideBatch,
     alignment_loss,
     drop_modalities,
+    modality_sets,
 )
 
 SHAPE = MetadataShape(
@@ -204,3 +205,7 @@ def test_alignment_of_one_patient_is_nothing_and_has_a_gradient() -> None:
     assert loss == 0
     assert (image.grad == 0).all()
     assert alignment_loss(torch.zeros(0, 4), torch.zeros(0, 4), []) == 0
+
+
+def test_sets_of_modalities() -> None:
+    assert modality_sets(("image", "table")) == [("image",), ("table",), ("image", "table")]
