@@ -195,8 +195,9 @@ def score_tissue(examples: list[Example], model: LearnedModel, network: torch.nn
     """Macro AUROC of tissue types, one against the rest; a patient's images of one label count once."""
     names = [one.name for one in model.spec.task("tissue_types").classes]
     print("\n| tissue types, kept back | images | patients | classes | macro AUROC by patient |\n" + "| --- " * 5 + "|")
-    for dataset in dict.fromkeys(example.dataset for example in examples if example.tissue_types):
-        own = [one for one in examples if one.dataset == dataset and one.tissue_types]
+    labelled = [example for example in examples if example.tissue_types]
+    for dataset in dict.fromkeys(_collection(example) for example in labelled):
+        own = [one for one in labelled if _collection(one) == dataset]
         grouped: dict[tuple[str, frozenset[int]], list[NDArray[np.float32]]] = {}
         for example in own:
             case = examine(network, example, device=torch.device("cpu"), autocast=model.precision != "fp32")
@@ -212,6 +213,11 @@ def score_tissue(examples: list[Example], model: LearnedModel, network: torch.nn
         n_sources = len({example.source for example in own})
         value = f"{np.mean(areas):.3f}" if areas else "one class"
         print(f"| {dataset} | {len(own)} | {n_sources} | {told} | {value} |", flush=True)
+
+
+def _collection(example: Example) -> str:
+    """The recipe has an entry each for what is normal and what is tumour in one collection."""
+    return example.dataset.removesuffix("-normal").removesuffix("-tumour")
 
 
 def clock(model: ClassicalNuclei, rounds: int = 5) -> None:

@@ -23,7 +23,7 @@ __all__ = ["Case", "Scores", "examine", "validate"]
 class Scores:
     """By task and data set: PQ of nuclei, Dice of glands and lumina, share of right tissue types.
 
-    PQ and Dice are 1 where nothing is there and nothing was found.
+    Data sets without a single object of a task have no PQ or Dice: it would be 0 or 1 by a pixel.
     """
 
     by_task: Mapping[str, Mapping[str, float]]
@@ -121,11 +121,13 @@ def validate(
     network: SegmentationNetwork, examples: Iterable[Example], *, device: torch.device, autocast: bool
 ) -> Scores:
     """Score a network on whole images; objects of a data set are pooled."""
+    has_objects: set[tuple[str, str]] = set()
     pairs: dict[str, list[Panoptic]] = defaultdict(list)
     pixels: dict[tuple[str, str], NDArray[np.int64]] = defaultdict(lambda: np.zeros(2, np.int64))
     right: dict[str, list[bool]] = defaultdict(list)
     for example in examples:
         case = examine(network, example, device=device, autocast=autocast)
+        has_objects |= {(task, case.dataset) for task, labels in case.truth.items() if labels.any()}
         if case.nuclei is not None:
             pairs[case.dataset].append(case.nuclei)
         for task, counted in case.overlap_px.items():
@@ -134,10 +136,11 @@ def validate(
             right[case.dataset].append(int(case.tissue_types.argmax()) in case.allowed)
     by_task: dict[str, dict[str, float]] = defaultdict(dict)
     for name, tallies in pairs.items():
-        pooled = sum(tallies[1:], tallies[0])
-        by_task["nuclei"][name] = pooled.pq if pooled.tp + pooled.fp + pooled.fn else 1.0
+        if ("nuclei", name) in has_objects:
+            by_task["nuclei"][name] = sum(tallies[1:], tallies[0]).pq
     for (task, name), (both, each) in pixels.items():
-        by_task[task][name] = float(both / each) if each else 1.0
+        if (task, name) in has_objects:
+            by_task[task][name] = float(both / each)
     for name, hits in right.items():
         by_task["tissue_types"][name] = float(np.mean(hits))
     return Scores(dict(by_task))

@@ -160,11 +160,15 @@ def test_nuclei_of_a_data_set_are_pooled() -> None:
     assert scores["other"] > 0.9
 
 
-def test_nothing_there_and_nothing_found_is_right() -> None:
+def test_a_data_set_without_objects_has_no_score() -> None:
     nothing = np.zeros((64, 64), np.int32)
     example = example_of("a", (64, 64), labels={"nuclei": nothing, "glands": nothing})
     scores = validate(network_of("nuclei", "glands"), [example], device=CPU, autocast=False)
-    assert scores.flat() == {"nuclei/own": 1.0, "glands/own": 1.0}
+    assert scores.flat() == {}
+    disc = nothing.copy()
+    disc[20:30, 20:30] = 1
+    both = [example, example_of("b", (64, 64), labels={"nuclei": disc, "glands": nothing})]
+    assert validate(network_of("nuclei", "glands"), both, device=CPU, autocast=False).flat() == {"nuclei/own": 0.0}
     assert scores.mean == 1.0
 
 
