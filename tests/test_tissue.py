@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from shapely.geometry import Polygon, box, mapping
+from skimage.measure import blur_effect
 
 from pathopipe.config import TissueConfig
 from pathopipe.errors import MissingResolutionError, UsageError
@@ -28,6 +29,7 @@ from pathopipe.synth import DrawnSlide, SynthSpec
 from pathopipe.tissue import detect_tissue, find_tissue, given_tissue
 from pathopipe.tissue.assemble import tissue_from_mask
 from pathopipe.tissue.detect import overview_mpp
+from pathopipe.tissue.focus import measure_blur
 from pathopipe.tissue.outline import rasterise, trace
 
 SLIDES = Path(__file__).parents[2] / "shared" / "data" / "slides"
@@ -364,6 +366,22 @@ def fine_slide() -> Picture:
 def test_blur_is_told_from_full_resolution(sigma_um: float, blurred: bool) -> None:
     rgb = cv2.GaussianBlur(fine_slide(), (0, 0), sigma_um / 0.5) if sigma_um else fine_slide()
     assert ("blur" in find_tissue(ArraySlide(rgb, mpp=0.5, slide_id="a"), CONFIG).flags) == blurred
+
+
+@pytest.mark.parametrize("sigma_px", [0.0, 1.0, 2.5])
+def test_blur_is_that_of_scikit_image(sigma_px: float) -> None:
+    grey = np.random.default_rng(3).integers(0, 256, (96, 130), dtype=np.uint8)
+    grey[:, ::7] = 20  # more edges across one direction than across the other
+    grey = cv2.GaussianBlur(grey, (0, 0), sigma_px) if sigma_px else grey
+    rgb = np.stack([grey, np.maximum(grey, 90), np.full_like(grey, 255)], axis=-1)
+    assert measure_blur(rgb, 0.5) == pytest.approx(blur_effect(grey), abs=1e-5)
+
+
+def test_edges_in_one_direction_alone_have_a_blur() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::8] = 255
+    with np.errstate(invalid="raise"):
+        assert measure_blur(stripes, 0.5) == blur_effect(stripes[:, :, 0]) == 1
 
 
 def test_blur_is_not_claimed_where_it_cannot_be_told() -> None:

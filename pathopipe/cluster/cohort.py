@@ -133,6 +133,7 @@ def _run_here(
     """One slide after the other; while one is embedded, the next one's tissue is found and its first tiles are read."""
     with Claims(plan.out) as claims, ThreadPoolExecutor(1, thread_name_prefix="next-slide") as pool:
         queue = Queue(refs, claims, on_note)
+        current: _Begun | None = None
         following = _begin_next(queue, plan, pool)
         try:
             while following is not None or queue:
@@ -141,7 +142,8 @@ def _run_here(
                     time.sleep(_ASKS_AGAIN_S)
                     following = _begin_next(queue, plan, pool)
                     continue
-                (ref, future), following = following, None
+                current, following = following, None
+                ref, future = current
                 started = time.perf_counter()
                 try:
                     with future.result() as begun:
@@ -154,14 +156,28 @@ def _run_here(
                 yield outcome
                 following = following or _begin_next(queue, plan, pool)
         finally:
-            if following is not None and not following[1].cancel() and following[1].exception() is None:
-                following[1].result().__exit__()
+            for _, future in filter(None, (current, following)):
+                if not future.cancel() and future.exception() is None:
+                    future.result().close()
 
 
-def _begin_next(queue: Queue, plan: RunPlan, pool: ThreadPoolExecutor) -> tuple[SlideRef, Future[BegunSlide]] | None:
+_Begun = tuple[SlideRef, Future[BegunSlide]]
+
+
+def _begin_next(queue: Queue, plan: RunPlan, pool: ThreadPoolExecutor) -> _Begun | None:
     """The next slide that is free, and its beginning."""
     taken = queue.take()
-    return None if taken is None else (taken[0], pool.submit(begin_slide, taken[0], plan, claim=taken[1]))
+    return None if taken is None else (taken[0], pool.submit(_begin, *taken, plan))
+
+
+def _begin(ref: SlideRef, claim: Claim, plan: RunPlan) -> BegunSlide:
+    begun = begin_slide(ref, plan, claim=claim)
+    try:
+        begun.read_ahead()
+    except BaseException:
+        begun.close()
+        raise
+    return begun
 
 
 def _with_whole_path(ref: SlideRef) -> SlideRef:

@@ -24,10 +24,10 @@ from pathopipe.pipeline import (
     RunPlan,
     SlideOutcome,
     TilesDone,
+    begin_slide,
     check_plan,
     embed_pending,
     finish_slide,
-    prepare_slide,
 )
 from pathopipe.records import SlideRef
 from pathopipe.remote import RemotePath
@@ -50,9 +50,9 @@ def run_on_workers(
 ) -> Generator[SlideOutcome, None, None]:
     """Run slides on Dask workers, each outcome as it comes.
 
-    Slides are prepared, cut into runs of chunks and finished on the workers. They take turns run by run: one giant
-    slide fills a cluster, and small ones pass it. There are hardly more tasks out than workers, and hardly more slides
-    begun than tasks, however long the cohort is.
+    A slide of few chunks is one task. Others are prepared, cut into runs of chunks and finished on the workers, and
+    take turns run by run: one giant slide fills a cluster, and small ones pass it. There are hardly more tasks out than
+    workers, and hardly more slides begun than tasks, however long the cohort is.
 
     Raises:
         UsageError: The plan can't be carried out there, or the place is not there: nothing was computed.
@@ -188,7 +188,9 @@ class _Shared:
             ref, claim = taken
             slide = _Slide(ref, claim)
             self._slides[ref.slide_id] = slide
-            self._add(slide, _Task(ref.slide_id, _prepare, (claim, ref, self._plan)))
+            # As long as other slides wait, this one need not keep all workers busy.
+            is_shared = len(self._workers) > 1 and len(self._waiting) < self._room
+            self._add(slide, _Task(ref.slide_id, _begin, (claim, ref, self._plan, 1 if is_shared else _LONGEST_RUN)))
 
     def _add(self, slide: _Slide, *tasks: _Task) -> None:
         if not slide.tasks:
@@ -254,6 +256,8 @@ class _Shared:
             with contextlib.suppress(ValueError):
                 self._turns.remove(task.slide_id)
         elif isinstance(result, SlideOutcome):
+            if slide.prepared is None:
+                self._on_tiles(task.slide_id, result.tiles, result.tiles)
             yield self._end(slide, replace(result, seconds=time.perf_counter() - slide.started))
             return
         elif isinstance(result, Prepared):
@@ -287,9 +291,11 @@ class _Shared:
         return outcome
 
 
-def _prepare(claim: Claim, ref: SlideRef, plan: RunPlan) -> Prepared:
+def _begin(claim: Claim, ref: SlideRef, plan: RunPlan, most_chunks: int) -> SlideOutcome | Prepared:
+    """The whole of a slide with few chunks; the small stages of any other."""
     claim.check()
-    return prepare_slide(ref, plan)
+    with begin_slide(ref, plan, claim=claim) as begun:
+        return begun.complete() if begun.prepared.n_chunks <= most_chunks else begun.prepared
 
 
 def _embed(claim: Claim, ref: SlideRef, plan: RunPlan, part: Pass) -> LaneReports:

@@ -12,7 +12,6 @@ from pathopipe.pipeline.run import (
     check_plan,
     embed_pending,
     finish_slide,
-    prepare_slide,
     run_slide,
 )
 
@@ -30,7 +29,6 @@ __all__ = [
     "embed_pending",
     "finish_slide",
     "outline_path",
-    "prepare_slide",
     "run_slide",
     "thumbnail_path",
 ]

@@ -56,7 +56,6 @@ __all__ = [
     "check_plan",
     "embed_pending",
     "finish_slide",
-    "prepare_slide",
     "run_slide",
 ]
 
@@ -107,6 +106,11 @@ class Prepared:
     """Stages that were computed now, not found in the store."""
     seconds: float
     """How long the small stages took."""
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks to embed, one for several encoders that share it."""
+        return sum(len(set().union(*each.chunks.values())) for each in self.passes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,103 +186,127 @@ def run_slide(
 
 
 def begin_slide(ref: SlideRef, plan: RunPlan, *, claim: Claim) -> "BegunSlide":
-    """The small stages of a slide, and the start of its reading; a thread can do it while another slide is embedded.
+    """Open a slide and do its small stages.
 
     Raises:
         PathopipeError: The slide can't be done; what was finished is kept.
     """
     started = time.perf_counter()
-    prepared = prepare_slide(ref, plan)
-    first = _begin_pass(ref, plan, prepared.passes[0], claim) if prepared.passes else None
-    return BegunSlide(prepared, plan, claim, first, time.perf_counter() - started)
+    with contextlib.ExitStack() as stack:
+        slide = stack.enter_context(opened(ref, plan.config))
+        prepared = _prepare(slide, ref, plan, started)
+        return BegunSlide(slide, prepared, plan, claim, stack.pop_all())
 
 
 class BegunSlide:
-    """A slide whose small stages are done, and whose first tiles are being read."""
+    """An open slide whose small stages are done; close it, or use it as a context.
+
+    Args:
+        slide: The slide.
+        prepared: What is left to embed.
+        plan: What to do.
+        claim: The claim to the slide.
+        closing: Closes the slide.
+    """
 
     def __init__(
-        self, prepared: "Prepared", plan: RunPlan, claim: Claim, first: "_BegunPass | None", seconds: float
+        self, slide: Slide, prepared: Prepared, plan: RunPlan, claim: Claim, closing: contextlib.ExitStack
     ) -> None:
-        self._prepared = prepared
+        self.prepared = prepared
+        self._slide = slide
         self._plan = plan
         self._claim = claim
-        self._first = first
-        self._seconds = seconds
+        self._closing = closing
+        self._first: _BegunPass | None = None
+        self._seconds = prepared.seconds
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of the slide; what was not embedded is left for another run."""
-        if self._first is not None:
-            self._first.close()
+        self.close()
 
-    def complete(self, on_tiles: TilesDone) -> SlideOutcome:
+    def close(self) -> None:
+        """Let go of the slide; what was not embedded is left for another run."""
+        with self._closing:
+            if self._first is not None:
+                self._first.batches.close()
+
+    def read_ahead(self) -> None:
+        """Begin to read the first tiles; another slide can be embedded meanwhile.
+
+        Raises:
+            PathopipeError: The slide can't be done.
+        """
+        started = time.perf_counter()
+        if self.prepared.passes:
+            self._first = _begin_pass(self._slide, self._plan, self.prepared.passes[0], self._claim)
+        self._seconds += time.perf_counter() - started
+
+    def complete(self, on_tiles: TilesDone = lambda slide_id, done, total: None) -> SlideOutcome:
         """Embed the tiles and close the slide's stages; see :func:`run_slide`."""
         started = time.perf_counter()
-        ref = self._prepared.ref
+        slide_id = self.prepared.ref.slide_id
         reports: list[LaneReports] = []
-        for number, tiles_pass in enumerate(self._prepared.passes):
-            begun = self._first if number == 0 else _begin_pass(ref, self._plan, tiles_pass, self._claim)
+        for tiles_pass in self.prepared.passes:
+            begun, self._first = self._first or _begin_pass(self._slide, self._plan, tiles_pass, self._claim), None
             done = 0
 
             def count(n_tiles: int, total: int = tiles_pass.n_tiles) -> None:
                 nonlocal done
                 done += n_tiles
-                on_tiles(ref.slide_id, done, total)
+                on_tiles(slide_id, done, total)
 
             if begun is not None:
                 reports.append(begun.embed(count))
-        outcome = finish_slide(self._prepared, self._plan, reports)
+        outcome = finish_slide(self.prepared, self._plan, reports)
         return replace(outcome, seconds=self._seconds + time.perf_counter() - started)
 
 
-def prepare_slide(ref: SlideRef, plan: RunPlan) -> Prepared:
+def _prepare(slide: Slide, ref: SlideRef, plan: RunPlan, started: float) -> Prepared:
     """Tissue and tiles of a slide, and the list of chunks that are still to be embedded."""
-    started = time.perf_counter()
-    with opened(ref, plan.config) as slide:
-        store, fresh = SlideStore(store_path(plan.out, ref.slide_id)), plan.fresh
-        if plan.retry_bad and store.inputs("tissue") and store.read_tissue().unreadable_share > 0:
-            fresh = "tissue"  # it was looked for on a damaged picture
-        tilings = tilings_of(plan.config)
+    store, fresh = SlideStore(store_path(plan.out, ref.slide_id)), plan.fresh
+    if plan.retry_bad and store.inputs("tissue") and store.read_tissue().unreadable_share > 0:
+        fresh = "tissue"  # it was looked for on a damaged picture
+    tilings = tilings_of(plan.config)
+    if "tiles" in plan.stages:
+        for settled in tilings:
+            check_fit(slide.info, require_mpp(slide.info), settled)
+    # Nothing is forgotten before what takes its place can be had.
+    found = find_tissue(slide, plan.config.tissue) if fresh == "tissue" else None
+    if found is not None:
+        # Someone may be looking for objects in there at this moment.
+        with store.writing_objects() if store.children("objects") else contextlib.nullcontext():
+            store.clear_stage("tissue")
+    store = SlideStore.create_or_open(store.path, slide.info, created_by=f"pathopipe {pathopipe.__version__}")
+    store.remove_leftovers()
+    did = []
+    tissue = None
+    if "tissue" in plan.stages:
+        tissue, computed = tissue_stage(slide, store, plan.config, found)
+        did += ["tissue"] * computed
+    grids: list[TileGrid] = []
+    passes: list[Pass] = []
+    for settled, specs in tilings.items():
         if "tiles" in plan.stages:
-            for settled in tilings:
-                check_fit(slide.info, require_mpp(slide.info), settled)
-        # Nothing is forgotten before what takes its place can be had.
-        found = find_tissue(slide, plan.config.tissue) if fresh == "tissue" else None
-        if found is not None:
-            # Someone may be looking for objects in there at this moment.
-            with store.writing_objects() if store.children("objects") else contextlib.nullcontext():
-                store.clear_stage("tissue")
-        store = SlideStore.create_or_open(store.path, slide.info, created_by=f"pathopipe {pathopipe.__version__}")
-        store.remove_leftovers()
-        did = []
-        tissue = None
-        if "tissue" in plan.stages:
-            tissue, computed = tissue_stage(slide, store, plan.config, found)
-            did += ["tissue"] * computed
-        grids: list[TileGrid] = []
-        passes: list[Pass] = []
-        for settled, specs in tilings.items():
-            if "tiles" in plan.stages:
-                found_grids, computed = _tiles_stage(slide, store, settled, plan, again=fresh == "tiles")
-                did += ["tiles"] * (computed and "tiles" not in did)
-            elif "embed" in plan.stages:
-                found_grids = [_known_grid(store, name) for name in _grid_names(settled)]
-            else:
-                continue
-            grids += found_grids
-            for grid in found_grids if "embed" in plan.stages else ():
-                if fresh == "embed":
-                    store.clear_stage("embed", grid=grid.name, encoders=tuple(spec.name for spec in specs))
-                arrays = _embedding_arrays(store, grid, specs, plan)
-                passes += _passes(grid, arrays, plan)
-                did += [name for name, rows in arrays.items() if not (rows.attributes.get("complete") or name in did)]
-        did += [name for each in passes for name, chunks in each.chunks.items() if chunks and name not in did]
-        if tissue is not None or "tiles" in plan.stages:
-            write_pictures(slide, store, plan, tissue, grids[0] if grids else None, again=bool(did))
-        n_tiles = max((len(grid) for grid in grids), default=0)
-        return Prepared(ref, n_tiles, tuple(passes), tuple(did), time.perf_counter() - started)
+            found_grids, computed = _tiles_stage(slide, store, settled, plan, again=fresh == "tiles")
+            did += ["tiles"] * (computed and "tiles" not in did)
+        elif "embed" in plan.stages:
+            found_grids = [_known_grid(store, name) for name in _grid_names(settled)]
+        else:
+            continue
+        grids += found_grids
+        for grid in found_grids if "embed" in plan.stages else ():
+            if fresh == "embed":
+                store.clear_stage("embed", grid=grid.name, encoders=tuple(spec.name for spec in specs))
+            arrays = _embedding_arrays(store, grid, specs, plan)
+            passes += _passes(grid, arrays, plan)
+            did += [name for name, rows in arrays.items() if not (rows.attributes.get("complete") or name in did)]
+    did += [name for each in passes for name, chunks in each.chunks.items() if chunks and name not in did]
+    if tissue is not None or "tiles" in plan.stages:
+        write_pictures(slide, store, plan, tissue, grids[0] if grids else None, again=bool(did))
+    n_tiles = max((len(grid) for grid in grids), default=0)
+    return Prepared(ref, n_tiles, tuple(passes), tuple(did), time.perf_counter() - started)
 
 
 LaneReports = Mapping[tuple[str, str], EmbedReport]
@@ -317,8 +345,9 @@ def embed_pending(
     Raises:
         StoreBusyError: Another process has taken the slide over.
     """
-    begun = _begin_pass(ref, plan, tiles_pass, claim)
-    return begun.embed(on_tiles) if begun is not None else {}
+    with opened(ref, plan.config) as slide:
+        begun = _begin_pass(slide, plan, tiles_pass, claim)
+        return begun.embed(on_tiles) if begun is not None else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,22 +358,15 @@ class _BegunPass:
     lanes: Mapping[str, Lane]
     """By encoder."""
     batches: TileStream
-    slide: contextlib.ExitStack
-    """Closes the slide that is read."""
 
     def embed(self, on_tiles: Callable[[int], None]) -> LaneReports:
-        with self.slide:
-            reports = embed_chunks(self.batches, tuple(self.lanes.values()), on_tiles=on_tiles)
+        reports = embed_chunks(self.batches, tuple(self.lanes.values()), on_tiles=on_tiles)
         return {(self.grid, name): report for name, report in zip(self.lanes, reports, strict=True)}
 
-    def close(self) -> None:
-        with self.slide:
-            self.batches.close()
 
-
-def _begin_pass(ref: SlideRef, plan: RunPlan, tiles_pass: Pass, claim: Claim | None) -> _BegunPass | None:
-    """Open the slide and begin to read what is still to be embedded; None where that is nothing."""
-    store = SlideStore.open(store_path(plan.out, ref.slide_id))
+def _begin_pass(slide: Slide, plan: RunPlan, tiles_pass: Pass, claim: Claim | None) -> _BegunPass | None:
+    """Begin to read what is still to be embedded; None where that is nothing."""
+    store = SlideStore.open(store_path(plan.out, slide.info.slide_id))
     grid = _known_grid(store, tiles_pass.grid)
     lanes: dict[str, Lane] = {}
     for name, wanted in tiles_pass.chunks.items():
@@ -359,10 +381,7 @@ def _begin_pass(ref: SlideRef, plan: RunPlan, tiles_pass: Pass, claim: Claim | N
     if not lanes:
         return None
     threads = plan.config.embed.read_threads or plan.threads
-    with contextlib.ExitStack() as stack:
-        slide = stack.enter_context(opened(ref, plan.config))
-        batches = begin_reading(slide, grid, tuple(lanes.values()), threads=threads)
-        return _BegunPass(grid.name, lanes, batches, stack.pop_all())
+    return _BegunPass(grid.name, lanes, begin_reading(slide, grid, tuple(lanes.values()), threads=threads))
 
 
 def finish_slide(prepared: Prepared, plan: RunPlan, reports: Iterable[LaneReports]) -> SlideOutcome:

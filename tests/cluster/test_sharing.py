@@ -79,7 +79,7 @@ class Client:
             future.status = fate
         elif fate is not None:
             future.result_ = fate
-        elif what == "prepare":
+        elif what == "begin" and self.slides[slide_id] > arguments[3]:
             chunks = {"e": tuple(range(self.slides[slide_id]))}
             future.result_ = Prepared(about_of(arguments), 1, (Pass("g", 1, 1, chunks),), (), 0.0)
         elif what == "embed":
@@ -130,26 +130,47 @@ def run(client: Client, out: Path, notes: list[str] | None = None) -> list[Slide
     return outcomes
 
 
-def test_few_tasks_are_out_and_few_slides_begun_however_long_the_cohort_is(tmp_path: Path) -> None:
-    client = Client(n_workers=4, slides={f"s{number:04}": 3 for number in range(500)})
+@pytest.mark.parametrize(
+    ("n_chunks", "n_tasks"),
+    [
+        (3, 1),  # small: all at once
+        (20, 5),  # prepared, embedded in three runs of at most eight chunks, and finished
+    ],
+)
+def test_few_tasks_are_out_and_few_slides_begun_however_long_the_cohort_is(
+    n_chunks: int, n_tasks: int, tmp_path: Path
+) -> None:
+    client = Client(n_workers=4, slides={f"s{number:04}": n_chunks for number in range(500)})
     outcomes = run(client, tmp_path)
     assert {outcome.slide_id for outcome in outcomes} == set(client.slides)
     assert client.most_out <= 6
-    # A slide is prepared, embedded in one run and finished; only the last ones are cut for all workers.
-    assert 500 * 3 < len(client.log) < 500 * 3 + 30
+    # Only the last ones are cut for all workers.
+    assert 500 * n_tasks < len(client.log) < 500 * n_tasks + 90
+    last = {slide_id: place for place, (slide_id, _) in enumerate(client.log)}
     begun: set[str] = set()
     most_begun = 0
-    for slide_id, what in client.log:
-        begun.discard(slide_id) if what == "finish" else begun.add(slide_id)
+    for place, (slide_id, _) in enumerate(client.log):
+        begun.add(slide_id)
         most_begun = max(most_begun, len(begun))
+        if place == last[slide_id]:
+            begun.remove(slide_id)
     assert most_begun <= 6
+
+
+def test_small_slides_at_the_end_are_shared_out_too(tmp_path: Path) -> None:
+    client = Client(n_workers=4, slides={"last": 3})
+    run(client, tmp_path)
+    assert client.log == [("last", "begin"), *[("last", "embed")] * 3, ("last", "finish")]
+    alone = Client(n_workers=1, slides={"last": 3})
+    run(alone, tmp_path)
+    assert alone.log == [("last", "begin")]
 
 
 def test_small_slides_pass_a_giant_one_that_fills_the_cluster_when_they_are_gone(tmp_path: Path) -> None:
     client = Client(n_workers=2, slides={"giant": 800, **{f"small{number}": 2 for number in range(10)}})
     outcomes = run(client, tmp_path)
     assert outcomes[-1].slide_id == "giant"
-    ends = [place for place, (slide_id, what) in enumerate(client.log) if slide_id != "giant" and what == "finish"]
+    ends = [place for place, (slide_id, _) in enumerate(client.log) if slide_id != "giant"]
     runs = [place for place, (slide_id, what) in enumerate(client.log) if (slide_id, what) == ("giant", "embed")]
     assert len(runs) == 100  # eight chunks at most
     # Turn by turn: the small ones are through when a small part of the giant is, and it was never left out.
@@ -168,16 +189,17 @@ def killed(slide_id: str) -> KilledWorker:
     return KilledWorker(slide_id, None, 1)  # type: ignore[arg-type]
 
 
-def test_what_takes_its_workers_with_it_fails_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_chunks", "task"), [(1, "begin"), (2, "embed")])
+def test_what_takes_its_workers_with_it_fails_alone(n_chunks: int, task: str, tmp_path: Path) -> None:
     blamed = iter(["innocent"])
 
     def fate(slide_id: str, what: str, worker: str) -> Any:
-        if what != "embed":
+        if what != task:
             return None
         # Dask blames whatever stood in line behind.
         return killed(slide_id) if slide_id == "poison" or slide_id == next(blamed, None) else None
 
-    client = Client(slides={"poison": 1, "innocent": 1, "other": 1}, fate=fate)
+    client = Client(slides={"poison": n_chunks, "innocent": n_chunks, "other": n_chunks}, fate=fate)
     outcomes = {outcome.slide_id: outcome for outcome in run(client, tmp_path)}
     assert {name: outcome.status for name, outcome in outcomes.items()} == {
         "poison": "failed",
@@ -185,7 +207,7 @@ def test_what_takes_its_workers_with_it_fails_alone(tmp_path: Path) -> None:
         "other": "done",
     }
     assert "workers died each time they came to it, most often for want of memory" in outcomes["poison"].reason
-    assert Counter(client.log)["poison", "embed"] == 2
+    assert Counter(client.log)["poison", task] == 2 * n_chunks
 
 
 def test_an_error_in_one_run_of_chunks_drops_the_rest_of_that_slide(tmp_path: Path) -> None:
@@ -202,7 +224,7 @@ def test_an_error_in_one_run_of_chunks_drops_the_rest_of_that_slide(tmp_path: Pa
 
 def test_a_result_that_can_not_be_sent_fails_its_slide_alone(tmp_path: Path) -> None:
     def fate(slide_id: str, what: str, worker: str) -> Any:
-        return TypeError("could not serialize") if (slide_id, what) == ("bad", "prepare") else None
+        return TypeError("could not serialize") if (slide_id, what) == ("bad", "begin") else None
 
     outcomes = {outcome.slide_id: outcome for outcome in run(Client(slides={"bad": 4, "good": 4}, fate=fate), tmp_path)}
     assert {name: outcome.status for name, outcome in outcomes.items()} == {"bad": "failed", "good": "done"}

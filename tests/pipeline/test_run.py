@@ -39,13 +39,14 @@ from pathopipe.errors import (
 from pathopipe.geometry import Region
 from pathopipe.pipeline import (
     BegunSlide,
+    Pass,
     RunPlan,
     SlideOutcome,
+    begin_slide,
     check_plan,
     common,
     embed_pending,
     outline_path,
-    prepare_slide,
     run,
     run_slide,
     thumbnail_path,
@@ -643,10 +644,16 @@ def test_the_default_plan_is_the_default_config(tmp_path: Path) -> None:
     assert RunPlan(out=tmp_path).config == Config()
 
 
+def pass_of(ref: SlideRef, plan: RunPlan) -> Pass:
+    """What is to be embedded of a slide whose small stages are done now."""
+    with claimed(plan.out, ref.slide_id) as claim, begin_slide(ref, plan, claim=claim) as begun:
+        [whole] = begun.prepared.passes
+    return whole
+
+
 def test_chunks_that_an_earlier_try_finished_are_passed_over(ref: SlideRef, tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    prepared = prepare_slide(ref, plan)
-    [whole] = prepared.passes
+    whole = pass_of(ref, plan)
     [n_chunks] = {len(chunks) for chunks in whole.chunks.values()}
     parts = list(whole.parts(1, longest=2))
     assert len(parts[0].chunks["handcrafted"]) == 2
@@ -660,7 +667,7 @@ def test_chunks_that_an_earlier_try_finished_are_passed_over(ref: SlideRef, tmp_
 
 def test_a_slide_that_was_taken_over_is_not_written_to(ref: SlideRef, tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    [whole] = prepare_slide(ref, plan).passes
+    whole = pass_of(ref, plan)
     with claimed(tmp_path, "drawn") as claim:
         other = {**json.loads(claim.path.read_text()), "token": "other", "host": "node7"}
         claim.path.write_text(json.dumps(other))
