@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from pathopipe.cluster.fitness import keep_freed_memory
 from pathopipe.cluster.placement import Place
 
 __all__ = ["spread_calls"]
@@ -48,6 +49,7 @@ def spread_calls(
 
 def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of some work, or the exception that ended it: one that is raised would fill the worker's log."""
+    keep_freed_memory()
     try:
         return work(*arguments)
     except Exception as error:

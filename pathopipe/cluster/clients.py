@@ -27,7 +27,6 @@ _SBATCH_ANSWERS_S = 120
 _QUIET = {
     "distributed.comm.timeouts.connect": "60s",
     "logging.distributed": "critical",
-    "distributed.worker.profile.enabled": False,  # nobody looks at what it samples a hundred times a second
     # A task that takes two workers with it is tried once more when all else is done: see sharing.py.
     "distributed.scheduler.allowed-failures": 1,
 }
