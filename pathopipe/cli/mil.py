@@ -97,6 +97,10 @@ def train(
             metavar="ADDRESS", help="Dask scheduler whose workers train instead; they must see the same files."
         ),
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="Threads to keep busy, shared by --workers.  [default: all usable cores]"),
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where networks are trained.")] = Device.AUTO,
 ) -> None:
     """Train models over folds that keep patients whole, and say how good they are; run again to go on.
@@ -138,7 +142,7 @@ def train(
         covariates=_names(covariates or ""),
         settings=load_mil_config(config, settings or ()),
         device=choose_device(device.value),
-        threads=max(1, usable_cores() // workers),
+        threads=max(1, (threads or usable_cores()) // workers),
     )
     cohorts, notes = open_cohorts(request)
     for note in notes:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from pathopipe.errors import TileReadError
 from pathopipe.geometry import Region
@@ -94,7 +95,9 @@ class _RowReducer:
             return
         first, last = start * height // self._source_rows, -(-stop * height // self._source_rows)
         done = stop * height // self._source_rows - first
-        part = np.tensordot(self._weights(start, stop, first, last), lines, axes=1)
+        # Most shares are zero, and a dense product would wait for threads that other work keeps busy.
+        shares = csr_array(self._weights(start, stop, first, last))
+        part = (shares @ lines.reshape(len(lines), -1)).reshape(-1, *lines.shape[1:])
         part[0] += self._carry
         self.pixels[first : first + done] = np.rint(part[:done]).clip(0, 255)
         self._carry = part[done] if done < len(part) else np.zeros_like(self._carry)

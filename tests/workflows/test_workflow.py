@@ -97,6 +97,17 @@ def test_the_plan_of_the_default(cohort: Path) -> None:
 
 
 @pytest.mark.slow
+def test_outlines_alone_are_read_back_where_they_are_written(tmp_path: Path) -> None:
+    write_slide(tmp_path / "a.tiff", SynthSpec(width_px=700, height_px=700, mpp=0.5))
+    (tmp_path / "cohort.csv").write_text("slide_id,path\na,a.tiff\n")
+    write(tmp_path, "manifest: cohort.csv\nout: results\nencoders: []\nverify: end\nreport: false\n")
+    code, said = snakemake(tmp_path, "--configfile", "config.yaml", "--profile", str(PROFILE))
+    assert code == 0, said
+    assert "tissue" in jobs_of(said) and "verify" not in jobs_of(said)
+    assert "1 of 1 slides without failure" in said
+
+
+@pytest.mark.slow
 def test_the_plan_of_everything(cohort: Path) -> None:
     code, said = snakemake(write(cohort, EVERYTHING), "--configfile", "config.yaml", "--dry-run", "--printshellcmds")
     assert code == 0, said
@@ -104,7 +115,7 @@ def test_the_plan_of_everything(cohort: Path) -> None:
     a_slide = ("tissue", "tiles", "embed", "segment", "export", "verify")
     assert jobs_of(said) == {**dict.fromkeys(once, 1), **dict.fromkeys(a_slide, 2)}
     assert "--slide-id='b 2'\"'\"'s' --encoder handcrafted,timm.resnet18 --mpp 0.5" in said
-    assert "--tasks nuclei --after results/done/tissue/a.json" in said
+    assert "--tasks nuclei --threads 1 --after results/done/tissue/a.json" in said
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ EXPORTS = {export["name"]: export for export in config["exports"]}
 MIL = {model["name"]: model for model in config["mil"]}
 METADATA = {model["name"]: model for model in config["metadata"]}
 
+# Outlines alone are no store that 'verify' calls complete: they are read back in the job that writes them.
+VERIFY = "each" if config["verify"] == "end" and not (config["encoders"] or config["segment"]) else config["verify"]
+
 # A group is submitted as one job; none may be left and entered again, as a slide's own GPU job would make it.
 LATE_GROUP = "results" if config["split"] else "slide"
 
@@ -42,7 +45,7 @@ def last_stages(wildcards):
 
 
 def every_slide():
-    wanted = ["verify"] if config["verify"] == "end" else stages()
+    wanted = ["verify"] if VERIFY == "end" else stages()
     return [receipt for stage in wanted for receipt in receipts(stage)]
 
 
@@ -78,7 +81,7 @@ def slide_options(with_encoders=False):
     def options(wildcards):
         mpp = SLIDES[wildcards.slide_id].mpp
         stated = [] if mpp is None else ["--mpp", f"{mpp:g}"]
-        check = ["--check"] if config["verify"] == "each" else []
+        check = ["--check"] if VERIFY == "each" else []
         retries = ["--give-up-after", str(max(1, config["retries"]))]
         return shlex.join([*stage_options(with_encoders), *stated, *check, *retries])
 

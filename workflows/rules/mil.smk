@@ -4,7 +4,7 @@
 rule mil:
     input:
         # Predictions are written into the stores, which verification reads.
-        slides=receipts("verify" if config["verify"] == "end" else "embed"),
+        slides=receipts("verify" if VERIFY == "end" else "embed"),
         manifest=config["manifest"],
     output:
         touch(f"{DONE}/mil-{{name}}"),
@@ -20,6 +20,8 @@ rule mil:
         features=out_folder,
         out=f"{OUT}/mil/{{name}}",
         options=lambda wildcards: shlex.join(MIL[wildcards.name]["options"]),
+        # Only training computes for long.
+        threads=lambda wildcards, threads: f"--threads {threads}" if MIL[wildcards.name]["command"] == "train" else "",
     shell:
         "pathopipe mil {params.command} --manifest {input.manifest:q} --features {params.features:q}"
-        " --out {params.out:q} {params.options} > {log:q} 2>&1"
+        " --out {params.out:q} {params.threads} {params.options} > {log:q} 2>&1"
