@@ -51,7 +51,7 @@ HOMES = {
     "huggingface_hub": {"embeddings/"},
     "open_clip": {"embeddings/"},
     "openvino": {"embeddings/openvino.py"},
-    "obstore": {"remote.py", "store/"},
+    "obstore": {"remote/", "store/"},
 }
 
 

@@ -1,11 +1,10 @@
 """The stages of one slide, in order, over one store."""
 
 from pathopipe.pipeline.common import RunPlan, Stage, outline_path, thumbnail_path
+from pathopipe.pipeline.prepare import Pass, Prepared
 from pathopipe.pipeline.run import (
     BegunSlide,
     LaneReports,
-    Pass,
-    Prepared,
     SlideOutcome,
     TilesDone,
     begin_slide,

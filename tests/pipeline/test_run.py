@@ -47,6 +47,7 @@ from pathopipe.pipeline import (
     common,
     embed_pending,
     outline_path,
+    prepare,
     run,
     run_slide,
     thumbnail_path,
@@ -123,7 +124,12 @@ def test_a_second_run_computes_nothing(undisturbed: Path, ref: SlideRef, monkeyp
     def never(*arguments: object, **named: object) -> None:
         raise AssertionError("computed again")
 
-    for module, name in ((run, "embed_chunks"), (run, "find_tissue"), (common, "find_tissue"), (run, "plan_grid")):
+    for module, name in (
+        (run, "embed_chunks"),
+        (prepare, "find_tissue"),
+        (common, "find_tissue"),
+        (prepare, "plan_grid"),
+    ):
         monkeypatch.setattr(module, name, never)
     outcome = run_slide(ref, plan_of(undisturbed))
     assert outcome.did == ()

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pathopipe import remote
 from pathopipe.cluster import check_writable
 from pathopipe.errors import StoreBusyError, StoreWriteError, UsageError
 from pathopipe.files import durable_file
-from pathopipe.remote import RemotePath, location
+from pathopipe.remote import RemotePath, location, paths
 from pathopipe.store import SlideStore, store_path
 from pathopipe.store.claims import Claims
 
@@ -164,8 +163,8 @@ def test_of_many_that_follow_a_dead_holder_one_gets_the_slide(bucket: RemotePath
 def test_a_large_object_goes_up_in_parts_and_is_there_at_the_end(
     bucket: RemotePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_MULTIPART_BYTES", 6 * 2**20)
-    monkeypatch.setattr(remote, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(paths, "_MULTIPART_BYTES", 6 * 2**20)
+    monkeypatch.setattr(paths, "_PART_BYTES", 5 * 2**20)
     data = np.random.default_rng(0).bytes(12 * 2**20 + 7)
     with durable_file(bucket / "large.bin") as file:
         file.write(data)

@@ -1,48 +1,30 @@
-"""Object storage as folders: paths that are URLs, taken wherever a path is taken.
-
-Clients are obstore's, imported when the first object is asked for; they read the usual variables of the environment
-(``AWS_*``, ``GOOGLE_*``, ``AZURE_*``) themselves.
-"""
+"""Object storage as folders: paths that are URLs, taken wherever a path is taken."""
 
 import contextlib
 import errno
 import fnmatch
-import functools
 import io
 import os
-import re
 import stat
 import sys
 import urllib.parse
 import uuid
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import IO, Any, Final, Self
 
 from pathopipe.errors import UsageError
+from pathopipe.remote.servers import URL, bucket_client, explained, load_obstore, split_url
 
-__all__ = ["Found", "RemotePath", "Version", "check_rights", "explained", "location"]
+__all__ = ["Found", "RemotePath", "Version", "check_rights", "location"]
 
 # A path that is taken for a local one by mistake fails on this character; it can't become a folder named "s3:".
 _MARK: Final = "\0"
 _SCHEMES: Final = ("s3", "gs", "az", "http", "https", "memory")
-_URL: Final = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 # One PUT is whole or absent and costs one request; beyond this a lost connection would cost too much.
 _MULTIPART_BYTES: Final = 64 * 2**20
 _PART_BYTES: Final = 16 * 2**20
-_RIGHTS: Final = (
-    "the keys need the rights to list, get, put and delete objects there (on S3: s3:ListBucket, s3:GetObject, "
-    "s3:PutObject, s3:DeleteObject)"
-)
-# Asked where the environment holds no keys: those of a machine in the cloud.
-_KEY_SERVERS: Final = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
-_VARIABLES: Final = {
-    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-}
 
 
 def location(text: str | Path) -> Path:
@@ -53,7 +35,7 @@ def location(text: str | Path) -> Path:
     """
     if isinstance(text, Path):
         return text
-    url = _URL.fullmatch(text)
+    url = URL.fullmatch(text)
     if url is None:
         return Path(text)
     scheme, rest = url.groups()
@@ -147,17 +129,13 @@ class RemotePath(PosixPath):
     @property
     def _place(self) -> tuple[str, str, str]:
         """Scheme, bucket and key."""
-        url = _URL.fullmatch(str(self))
-        if url is None:
-            raise ValueError(f"{self}: not below a bucket")
-        bucket, _, key = url[2].partition("/")
-        return url[1], bucket, key
+        return split_url(str(self))
 
     @property
     def bucket_client(self) -> Any:
         """Obstore's client of the bucket, the same for all paths in it and for a whole process."""
         scheme, bucket, _ = self._place
-        return _client(scheme, bucket)
+        return bucket_client(scheme, bucket)
 
     # ---- where it is
 
@@ -201,7 +179,7 @@ class RemotePath(PosixPath):
         """Whether there is an object below this name."""
         if self.scheme in ("http", "https"):
             return False  # a web server does not list
-        obstore = _obstore()
+        obstore = load_obstore()
         with contextlib.suppress(FileNotFoundError), explained(self):
             return any(obstore.list(self.bucket_client, prefix=self.key or None, chunk_size=1))
         return False
@@ -226,12 +204,12 @@ class RemotePath(PosixPath):
         Args:
             hasty: Give up in seconds, not minutes.
         """
-        obstore = _obstore()
+        obstore = load_obstore()
         scheme, bucket, key = self._place
         if not key:
             return None
         with contextlib.suppress(FileNotFoundError), explained(self):
-            said = obstore.head(_client(scheme, bucket, hasty), key)
+            said = obstore.head(bucket_client(scheme, bucket, hasty), key)
             tag = said["e_tag"]
             version = Version(tag, said["version"]) if tag is not None else None
             return Found(said["size"], said["last_modified"].timestamp(), version)
@@ -239,7 +217,7 @@ class RemotePath(PosixPath):
 
     def listing(self) -> tuple[list[str], list[str]]:
         """Names of the folders and of the objects right below, sorted."""
-        obstore = _obstore()
+        obstore = load_obstore()
         with contextlib.suppress(FileNotFoundError), explained(self):
             found = obstore.list_with_delimiter(self.bucket_client, self.key or None)
             folders = sorted(PurePosixPath(prefix).name for prefix in found["common_prefixes"])
@@ -248,7 +226,7 @@ class RemotePath(PosixPath):
 
     def sizes_below(self) -> dict[str, int]:
         """Bytes of every object below, by its way from here; one request for each thousand of them."""
-        obstore = _obstore()
+        obstore = load_obstore()
         start = len(self.key) + 1 if self.key else 0
         with contextlib.suppress(FileNotFoundError), explained(self):
             return {
@@ -287,7 +265,7 @@ class RemotePath(PosixPath):
 
     def read_bytes(self) -> bytes:
         """The whole object."""
-        obstore = _obstore()
+        obstore = load_obstore()
         with explained(self):
             return bytes(obstore.get(self.bucket_client, self.key).bytes())
 
@@ -298,7 +276,7 @@ class RemotePath(PosixPath):
 
     def read_version(self) -> tuple[bytes, Version] | None:
         """The whole object, and which of its contents it is; None where there is none."""
-        obstore = _obstore()
+        obstore = load_obstore()
         with contextlib.suppress(FileNotFoundError), explained(self):
             found = obstore.get(self.bucket_client, self.key)
             return bytes(found.bytes()), Version(found.meta["e_tag"] or "", found.meta["version"])
@@ -306,7 +284,7 @@ class RemotePath(PosixPath):
 
     def read_range(self, start: int, end: int, version: Version | None) -> bytes:
         """Some bytes of an object; OSError where it has changed meanwhile."""
-        obstore = _obstore()
+        obstore = load_obstore()
         options: Any = {"range": (start, end)}
         if version is not None:
             options["if_match"] = version.e_tag
@@ -315,7 +293,7 @@ class RemotePath(PosixPath):
 
     def blocks(self) -> Iterator[bytes]:
         """The whole object, some mebibytes at a time."""
-        obstore = _obstore()
+        obstore = load_obstore()
         with explained(self):
             for block in obstore.get(self.bucket_client, self.key).stream(min_chunk_size=4 * 2**20):
                 yield bytes(block)
@@ -338,7 +316,7 @@ class RemotePath(PosixPath):
 
     def put(self, data: bytes | IO[bytes]) -> None:
         """Put a whole object; it is there from the end on, and nothing of it before."""
-        obstore = _obstore()
+        obstore = load_obstore()
         size = len(data) if isinstance(data, bytes) else data.seek(0, io.SEEK_END)
         if not isinstance(data, bytes):
             data.seek(0)
@@ -355,7 +333,7 @@ class RemotePath(PosixPath):
         return self._put_if(data, version.condition)
 
     def _put_if(self, data: bytes, mode: Any) -> Version | None:
-        obstore = _obstore()
+        obstore = load_obstore()
         refused = (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError)
         with explained(self):
             try:
@@ -374,7 +352,7 @@ class RemotePath(PosixPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object; S3 does not say whether there was one."""
-        obstore = _obstore()
+        obstore = load_obstore()
         with explained(self):
             try:
                 obstore.delete(self.bucket_client, self.key)
@@ -384,7 +362,7 @@ class RemotePath(PosixPath):
 
     def remove_tree(self, *, but: tuple[str, ...] = ()) -> None:
         """Delete all objects below, a thousand a request."""
-        obstore = _obstore()
+        obstore = load_obstore()
         names = [name for name in self.sizes_below() if name not in but]
         with contextlib.suppress(FileNotFoundError), explained(self):
             if names:
@@ -392,7 +370,7 @@ class RemotePath(PosixPath):
 
     def copy_tree(self, target: "RemotePath") -> None:
         """Copy all objects below to another place of the bucket, within the server."""
-        obstore = _obstore()
+        obstore = load_obstore()
         with explained(self):
             for name in self.sizes_below():
                 obstore.copy(self.bucket_client, f"{self.key}/{name}", f"{target.key}/{name}")
@@ -421,9 +399,9 @@ def check_rights(folder: RemotePath) -> None:
             f"{folder}: a web server takes no results; for a server that speaks S3 give s3://BUCKET/FOLDER and set "
             "AWS_ENDPOINT_URL"
         )
-    obstore = _obstore()
+    obstore = load_obstore()
     refused = (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError)
-    client = _client(scheme, bucket, hasty=True)
+    client = bucket_client(scheme, bucket, hasty=True)
     probe = folder / f".write-test-{uuid.uuid4().hex[:12]}"
     said = probe.name.encode()
     kept = []
@@ -446,115 +424,11 @@ def check_rights(folder: RemotePath) -> None:
         )
 
 
-@contextlib.contextmanager
-def explained(path: Path | str) -> Iterator[None]:
-    """Turn errors of a client into OSErrors that say what the server said, and no more of its answer.
-
-    Raises:
-        FileNotFoundError: There is no such object.
-        UsageError: There is no such bucket.
-        io.UnsupportedOperation: The server does not do that.
-        PermissionError: No rights, or no keys.
-        OSError: Anything else: no connection, the server failed.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
-            raise _no_bucket(path) from None
-        raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from None
-    except Exception as error:
-        if not type(error).__module__.startswith("obstore"):
-            raise
-        text = str(error)
-        if "NoSuchBucket" in text or "ContainerNotFound" in text:
-            raise _no_bucket(path) from None
-        if any(host in text for host in _KEY_SERVERS):
-            keys = _VARIABLES.get(RemotePath(path).scheme, "the keys")
-            raise PermissionError(errno.EACCES, f"no keys were found: set {keys}", str(path)) from None
-        kind = type(error).__name__
-        code, reason = errno.EIO, _reason(text)
-        if kind in ("PermissionDeniedError", "UnauthenticatedError") or re.search(r"\b(401|403) [A-Z]", text):
-            raise PermissionError(errno.EACCES, f"{reason}: {_RIGHTS}", str(path)) from None
-        if kind == "NotSupportedError":
-            raise io.UnsupportedOperation(f"{path}: {reason}") from None
-        if kind == "PreconditionError":
-            code, reason = errno.ESTALE, "the object was changed meanwhile"
-        raise OSError(code, reason, str(path)) from None
-
-
-def _no_bucket(path: Path | str) -> UsageError:
-    scheme, bucket, _ = RemotePath(path)._place
-    return UsageError(f"{path}: there is no bucket '{bucket}'; check the name and {_VARIABLES.get(scheme, 'the host')}")
-
-
-def _reason(text: str) -> str:
-    """What a server or a client said, without requests, keys and signatures."""
-    code = re.search(r"<Code>([^<]*)</Code>", text)
-    message = re.search(r"<Message>([^<]*)</Message>", text)
-    if code is not None:
-        return f"the server says {code[1]}" + (f", '{message[1].strip()}'" if message is not None else "")
-    status = re.search(r"non-2xx status code: (\d{3} [A-Za-z ]*[A-Za-z])", text)
-    if status is not None:
-        return f"the server says {status[1]}"
-    if "redirect without LOCATION" in text:
-        return "the bucket is in another region: set AWS_REGION"
-    if "timed out" in text or "Timeout" in text or "TimedOut" in text:
-        return "no answer in time"
-    if "onnect" in text or "error sending request" in text:
-        return "no connection: check the network, the host and AWS_ENDPOINT_URL"
-    return " ".join(text.partition("Debug source")[0].split())[:200]
-
-
-def _obstore() -> Any:
-    """The library, with the parts of it that are used."""
-    try:
-        import obstore
-        import obstore.exceptions
-        import obstore.store
-    except ImportError:
-        raise UsageError("URLs need obstore; pip install 'pathopipe[s3]'") from None
-    return obstore
-
-
-@functools.cache
-def _client(scheme: str, bucket: str, hasty: bool = False) -> Any:
-    """Obstore's client of a bucket.
-
-    Args:
-        scheme: What kind.
-        bucket: Its name; the host of web servers.
-        hasty: Give up in seconds, not minutes.
-    """
-    obstore = _obstore()
-    if scheme == "memory":
-        return _memory(bucket)
-    client: Any = {"connect_timeout": "5s", "timeout": "10s" if hasty else "300s", "user_agent": "pathopipe"}
-    tries: Any = {"max_retries": 1 if hasty else 10, "retry_timeout": timedelta(seconds=10 if hasty else 180)}
-    if scheme in ("http", "s3"):  # of S3, where whoever set AWS_ENDPOINT_URL chose it
-        client["allow_http"] = True
-    try:
-        if scheme in ("http", "https"):
-            return obstore.store.HTTPStore.from_url(f"{scheme}://{bucket}", client_options=client, retry_config=tries)
-        makers: Any = {"s3": obstore.store.S3Store, "gs": obstore.store.GCSStore, "az": obstore.store.AzureStore}
-        return makers[scheme](bucket, client_options=client, retry_config=tries)
-    except (obstore.exceptions.BaseError, ValueError) as error:
-        raise UsageError(
-            f"{scheme}://{bucket}: can't be opened ({_reason(str(error))}); check {_VARIABLES.get(scheme, 'the host')}"
-        ) from None
-
-
-@functools.cache
-def _memory(bucket: str) -> Any:
-    """A bucket that lives as long as this process."""
-    return _obstore().store.MemoryStore()
-
-
 def _inner(segment: str | Path) -> str | Path:
     """A URL as the path that the arithmetic of paths works on."""
     if isinstance(segment, Path):
         return segment
-    url = _URL.fullmatch(segment)
+    url = URL.fullmatch(segment)
     return f"/{_MARK}{url[1]}:/{url[2]}" if url is not None else segment
 
 
