@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pathopipe.errors import TileReadError
 from pathopipe.geometry import Region
-from pathopipe.slide.base import describe, paste
+from pathopipe.slide.base import describe, empty_pixels, paste
 from pathopipe.slide.planes import SCALES, Plane, decode_block, decode_shrunk
 
 __all__ = ["BlockReader"]
@@ -50,7 +50,7 @@ class BlockReader:
             TileReadError: A block is damaged.
             ValueError: The reader was closed.
         """
-        canvas = np.empty((region.height_px, region.width_px, 3), np.uint8)
+        canvas = empty_pixels((region.height_px, region.width_px, 3))
         self.read_into(canvas, region, x, y)
         return canvas
 
@@ -79,43 +79,33 @@ class BlockReader:
         if factor != 1 and not self.can_shrink(region.level, x, y, factor):
             raise ValueError(f"{self._slide_id}: {describe(region)} can't be shrunk {factor} times block by block")
         plane = self.planes[region.level]
-        block_shape = (plane.block_height_px, plane.block_width_px, 3)
         under = _blocks_under(plane, region, x, y)
-        is_covered = (
-            x >= 0
-            and y >= 0
-            and x + region.width_px <= plane.width_px
-            and y + region.height_px <= plane.height_px
-            and not any(plane.is_missing(row, column) for row, column in under)
+        written = [at for at in under if not plane.is_missing(*at)]
+        is_inside = (
+            x >= 0 and y >= 0 and x + region.width_px <= plane.width_px and y + region.height_px <= plane.height_px
         )
-        if not is_covered:
+        if not is_inside or len(written) < len(under):
             out.fill(255)
         # Blocks at the edge may hold padding, which must stay off the canvas; shrunk ones are white there already.
         inside = out[: max(0, -((y - plane.height_px) // factor)), : max(0, -((x - plane.width_px) // factor))]
+        width_px, height_px = plane.block_width_px // factor, plane.block_height_px // factor
         self._enter()
         try:
-            for row, column in under:
-                left_px, top_px = column * plane.block_width_px - x, row * plane.block_height_px - y
-                is_kept = keep or not (
-                    0 <= left_px <= region.width_px - plane.block_width_px
-                    and 0 <= top_px <= region.height_px - plane.block_height_px
-                )
-                # Fresh memory costs up to half a decode in page faults, so it is only taken for what is remembered.
-                is_all = out.shape == block_shape and out.flags.c_contiguous and not plane.is_padded(row, column)
-                if factor == 1 and not is_kept and is_all:
-                    buffer: NDArray[np.uint8] | None = out
-                else:
-                    buffer = None if is_kept and (factor == 1 or dct) else self._buffer(block_shape)
+            for row, column in written:
+                left_px, top_px = column * width_px - x // factor, row * height_px - y // factor
+                is_whole = 0 <= left_px <= inside.shape[1] - width_px and 0 <= top_px <= inside.shape[0] - height_px
+                is_kept = keep or not is_whole
+                place = inside[top_px : top_px + height_px, left_px : left_px + width_px] if not is_kept else None
                 try:
-                    block = self._block(region.level, row, column, factor, dct, is_kept, buffer)
+                    block = self._block(region.level, row, column, factor, dct, place)
                 except Exception as error:  # every codec has exceptions of its own
                     raise TileReadError(
                         f"{self._path.name}: {describe(region)} can't be read (block in row {row}, column {column}: "
                         f"{_first_line(error)}); the file is damaged there: copy it again from its source",
                         slide_id=self._slide_id,
                     ) from None
-                if block is not None and not (buffer is out and np.may_share_memory(block, out)):
-                    paste(inside, block, left_px // factor, top_px // factor)
+                if block is not place:
+                    paste(inside, block, left_px, top_px)
         finally:
             self._leave()
 
@@ -145,47 +135,53 @@ class BlockReader:
         return tuple(found)
 
     def _block(
-        self,
-        number: int,
-        row: int,
-        column: int,
-        factor: int,
-        dct: bool,
-        is_kept: bool,
-        buffer: NDArray[np.uint8] | None,
-    ) -> NDArray[np.uint8] | None:
-        """Decode one block to RGB, or take it from the cache; None where nothing was written."""
-        plane = self.planes[number]
-        key = (number, row * plane.across + column, factor, dct)
+        self, number: int, row: int, column: int, factor: int, dct: bool, place: NDArray[np.uint8] | None
+    ) -> NDArray[np.uint8]:
+        """Decode one block to RGB, or take it from the cache.
+
+        Args:
+            number: Its level.
+            row: Row of blocks.
+            column: Block in that row.
+            factor: By how much it is shrunk.
+            dct: See :class:`BlockSlide`.
+            place: Where the block is wanted; None where it is to be remembered.
+
+        Returns:
+            ``place`` itself where the block was decoded there.
+        """
+        if place is not None:
+            return self._decode(number, row, column, factor, dct=dct, place=place)
+        key = (number, row * self.planes[number].across + column, factor, dct)
         block = self._cache.get(key)
-        if block is None and not plane.is_missing(row, column):
-            block = self._decode(number, row, column, factor, dct=dct, buffer=buffer)
-            if is_kept:
-                self._cache.put(key, block)
+        if block is None:
+            block = self._decode(number, row, column, factor, dct=dct)
+            self._cache.put(key, block)
         return block
 
-    def _buffer(self, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-        """Memory for one block that this thread uses again and again."""
-        buffer: NDArray[np.uint8] | None = getattr(self._scratch, "buffer", None)
-        if buffer is None or buffer.shape != shape:
-            buffer = self._scratch.buffer = np.empty(shape, np.uint8)
-        return buffer
-
     def _decode(
-        self,
-        number: int,
-        row: int,
-        column: int,
-        factor: int,
-        *,
-        dct: bool,
-        buffer: NDArray[np.uint8] | None = None,
+        self, number: int, row: int, column: int, factor: int, *, dct: bool, place: NDArray[np.uint8] | None = None
     ) -> NDArray[np.uint8]:
         plane = self.planes[number]
         stored = [self.stored(number, index) for index in plane.segments(row, column)]
-        if factor == 1:
-            return decode_block(plane, row, column, stored, buffer)
-        return decode_shrunk(plane, row, column, stored, factor, dct=dct, buffer=buffer)
+        if factor != 1:
+            # Fresh memory costs up to half a decode in page faults, so it is only taken for what is remembered.
+            buffer = None if dct and place is None else self._buffer(plane)
+            return decode_shrunk(plane, row, column, stored, factor, dct=dct, buffer=buffer, place=place)
+        if place is None:
+            return decode_block(plane, row, column, stored)
+        if not place.flags.c_contiguous:
+            return decode_block(plane, row, column, stored, self._buffer(plane))
+        block = decode_block(plane, row, column, stored, place)
+        return place if np.may_share_memory(block, place) else block
+
+    def _buffer(self, plane: Plane) -> NDArray[np.uint8]:
+        """Memory for one block that this thread uses again and again."""
+        shape = (plane.block_height_px, plane.block_width_px, 3)
+        buffer: NDArray[np.uint8] | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._scratch.buffer = empty_pixels(shape)
+        return buffer
 
     def stored(self, number: int, index: int) -> bytes:
         """Read the bytes of one segment as they are stored; ValueError where the file ends before them."""

@@ -7,13 +7,16 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-__all__ = ["JpegHeader", "decode_jpeg", "parse_header", "shows_false_colours"]
+from pathopipe.slide.base import empty_pixels
+
+__all__ = ["JpegHeader", "JpegTiles", "parse_header", "shows_false_colours"]
 
 _SOI = b"\xff\xd8"
 _ADOBE_MARKER = 0xEE
 _JFIF_MARKER = 0xE0
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN_MARKER = 0xDA
+_SCAN = b"\xff\xda"
 _END_MARKER = 0xD9
 
 
@@ -67,55 +70,101 @@ def _header(stream: bytes, segments: list[tuple[int, int, int]]) -> JpegHeader:
     )
 
 
-def decode_jpeg(
-    stream: bytes,
-    *,
-    tables: bytes | None,
-    components: int,
-    rgb_inside: bool,
-    believe_markers: bool,
-    sizes: Container[tuple[int, int]],
-    factor: int = 1,
-    buffer: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
-    """Decode one tile with libjpeg-turbo's accurate transform; a damaged stream is an error, never half grey.
+class JpegTiles:
+    """Decodes the JPEG tiles of one level with libjpeg-turbo's accurate transform; safe from several threads.
+
+    A damaged stream is an error, never half grey. Nearly all tiles of a level begin with the same bytes up to the scan,
+    so what was found there is remembered and only looked for again where a tile begins otherwise.
 
     Args:
-        stream: The tile as stored, from SOI to EOI.
         tables: TIFF's JPEGTables, quantisation and Huffman tables shared by all tiles.
         components: 1 for grey, 3 for colour.
         rgb_inside: Whether the three components are RGB, else YCbCr.
         believe_markers: Let a JFIF or Adobe marker of the tile overrule ``rgb_inside``.
-        sizes: The (width, height) that the tile may have.
-        factor: 2, 4 or 8 to decode at that fraction of the size: each 8 x 8 block of coefficients becomes 4 x 4,
-            2 x 2 or one pixel by a smaller inverse transform, which is less work than decoding and shrinking.
-        buffer: Contiguous memory for the result, if it is large enough for the largest that may come; fresh without.
-
-    Returns:
-        (height, width, components) uint8, RGB or grey; height and width divided by ``factor``, rounded up.
-
-    Raises:
-        ValueError: The stream is damaged, or is not of a size that it may have.
     """
-    segments = _segments(stream)
-    header = _header(stream, segments)
-    # Checked before decoding: a small stream may declare 65,535 x 65,535 pixels.
-    if (header.width_px, header.height_px) not in sizes or len(header.sampling) != components or header.bits != 8:
-        raise ValueError(
-            f"the JPEG stream holds {header.width_px} x {header.height_px} px of {len(header.sampling)} components "
-            f"with {header.bits} bits, other than its TIFF declares"
+
+    def __init__(self, *, tables: bytes | None, components: int, rgb_inside: bool, believe_markers: bool) -> None:
+        self._tables = tables
+        self._components = components
+        self._rgb_inside = rgb_inside
+        self._believe_markers = believe_markers
+        self._colorspace = "RGB" if components == 3 else "GRAY"
+        self._last: _Start | None = None
+
+    def decode(
+        self,
+        stream: bytes,
+        *,
+        sizes: Container[tuple[int, int]],
+        factor: int = 1,
+        buffer: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Decode one tile.
+
+        Args:
+            stream: The tile as stored, from SOI to EOI.
+            sizes: The (width, height) that the tile may have.
+            factor: 2, 4 or 8 to decode at that fraction of the size: each 8 x 8 block of coefficients becomes 4 x 4,
+                2 x 2 or one pixel by a smaller inverse transform, which is less work than decoding and shrinking.
+            buffer: Contiguous memory for the result, if it is large enough for the largest that may come; fresh
+                without.
+
+        Returns:
+            (height, width, components) uint8, RGB or grey; height and width divided by ``factor``, rounded up.
+
+        Raises:
+            ValueError: The stream is damaged, or is not of a size that it may have.
+        """
+        start = self._last
+        if start is None or not stream.startswith(start.stored):
+            start = self._read_start(stream)
+        # Checked before decoding: a small stream may declare 65,535 x 65,535 pixels.
+        if start.size_px not in sizes:
+            raise ValueError(_other_than_declared(start.header))
+        whole = start.completed + stream[len(start.stored) :]
+        height_px, width_px = -(-start.header.height_px // factor), -(-start.header.width_px // factor)
+        if buffer is None:
+            buffer = empty_pixels((height_px, width_px, self._components))
+        # The smallest scale that still has so many pixels is the one asked for.
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            whole, self._colorspace, min_height=height_px, min_width=width_px, min_factor=factor, buffer=buffer
         )
-    marked = believe_markers and (header.jfif or header.adobe_transform is not None)
-    whole = _whole(stream, segments, tables, None if marked or components == 1 else rgb_inside)
-    colorspace = "RGB" if components == 3 else "GRAY"
-    height_px, width_px = -(-header.height_px // factor), -(-header.width_px // factor)
-    # The smallest scale that still has so many pixels is the one asked for.
-    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-        whole, colorspace, min_height=height_px, min_width=width_px, min_factor=factor, buffer=buffer
+        if pixels.shape[:2] != (height_px, width_px):
+            raise ValueError(f"can't be decoded at 1/{factor} of its size")
+        return pixels
+
+    def _read_start(self, stream: bytes) -> "_Start":
+        segments = _segments(stream)
+        header = _header(stream, segments)
+        if len(header.sampling) != self._components or header.bits != 8:
+            raise ValueError(_other_than_declared(header))
+        marked = self._believe_markers and (header.jfif or header.adobe_transform is not None)
+        stored = stream[: segments[-1][2] + 2]
+        rgb_inside = None if marked or self._components == 1 else self._rgb_inside
+        start = _Start(
+            stored, _completed(stored, segments, self._tables, rgb_inside), header, (header.width_px, header.height_px)
+        )
+        # Only then do other streams with these bytes have the same segments, and no more.
+        if stored.endswith(_SCAN):
+            self._last = start
+        return start
+
+
+class _Start(NamedTuple):
+    """What a stream begins with, up to the marker of its first scan."""
+
+    stored: bytes
+    completed: bytes
+    """To be put in its place."""
+    header: JpegHeader
+    size_px: tuple[int, int]
+
+
+def _other_than_declared(header: JpegHeader) -> str:
+    return (
+        f"the JPEG stream holds {header.width_px} x {header.height_px} px of {len(header.sampling)} components "
+        f"with {header.bits} bits, other than its TIFF declares"
     )
-    if pixels.shape[:2] != (height_px, width_px):
-        raise ValueError(f"can't be decoded at 1/{factor} of its size")
-    return pixels
 
 
 def shows_false_colours(header: JpegHeader, declared: str) -> bool:
@@ -152,8 +201,10 @@ def _segments(stream: bytes) -> list[tuple[int, int, int]]:
     return found
 
 
-def _whole(stream: bytes, segments: list[tuple[int, int, int]], tables: bytes | None, rgb_inside: bool | None) -> bytes:
-    """Make a tile a stream of its own: shared tables put in front, colour space marked as the file declares it."""
+def _completed(
+    start: bytes, segments: list[tuple[int, int, int]], tables: bytes | None, rgb_inside: bool | None
+) -> bytes:
+    """Make a tile's start that of a stream of its own: shared tables in front, colour space marked as declared."""
     parts = [_SOI]
     if rgb_inside is not None:
         # libjpeg goes by JFIF first, then Adobe; so the tile's own markers of either kind must go.
@@ -163,9 +214,9 @@ def _whole(stream: bytes, segments: list[tuple[int, int, int]], tables: bytes | 
         parts.append(tables[2:end])
     at = 2
     if rgb_inside is not None:
-        for marker, start, end in segments:
+        for marker, body, end in segments:
             if marker in (_JFIF_MARKER, _ADOBE_MARKER):
-                parts.append(stream[at : start - 4])
+                parts.append(start[at : body - 4])
                 at = end
-    parts.append(stream[at:])
+    parts.append(start[at:])
     return b"".join(parts)

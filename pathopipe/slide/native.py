@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pathopipe.errors import TileReadError
 from pathopipe.geometry import Region
 from pathopipe.records import Level, SlideInfo
-from pathopipe.slide.base import Slide, check_region, describe
+from pathopipe.slide.base import Slide, check_region, describe, empty_pixels
 from pathopipe.slide.blocks import BlockReader
 from pathopipe.slide.jpeg import parse_header, shows_false_colours
 from pathopipe.slide.openslide import OpenSlideReader
@@ -88,7 +88,7 @@ class NativeReader:
 
     def read(self, region: Region) -> NDArray[np.uint8]:
         """Read one region, (height_px, width_px, 3) uint8 RGB over white; see :class:`Slide`."""
-        canvas = np.empty((region.height_px, region.width_px, 3), np.uint8)
+        canvas = empty_pixels((region.height_px, region.width_px, 3))
         self.read_into(canvas, region)
         return canvas
 

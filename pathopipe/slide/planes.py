@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pathopipe.slide.jpeg import decode_jpeg
+from pathopipe.slide.jpeg import JpegTiles
 
 __all__ = [
     "MAX_BLOCK_PX",
@@ -62,10 +62,10 @@ class Plane:
     photometric: int
     alpha: int | None
     """What the fourth (or second) sample is, as TIFF's ExtraSamples says; None without one."""
-    believe_markers: bool
-    """Let a JPEG tile's own JFIF or Adobe marker overrule a photometric interpretation of RGB."""
+    jpeg: JpegTiles | None
+    """Decoder of JPEG segments of one or three components."""
     decode: Callable[..., Any]
-    """tifffile's decoder of one segment."""
+    """tifffile's decoder of one segment; for all others."""
 
     def segments(self, row: int, column: int) -> list[int]:
         """Indices of the stored segments that make up one block."""
@@ -76,8 +76,21 @@ class Plane:
         """Whether a block reaches beyond the image."""
         return (column + 1) * self.block_width_px > self.width_px or (row + 1) * self.block_height_px > self.height_px
 
+    def sizes(self, row: int, column: int) -> tuple[tuple[int, int], ...]:
+        """List the (width, height) that a stored block may have."""
+        whole_px = (self.block_width_px, self.block_height_px)
+        if not self.is_padded(row, column):
+            return (whole_px,)
+        # The last strip ends with the image; some writers also cut compressed tiles there.
+        cut_width_px = min(self.block_width_px, self.width_px - column * self.block_width_px)
+        cut_height_px = min(self.block_height_px, self.height_px - row * self.block_height_px)
+        return (whole_px, (cut_width_px, cut_height_px))
+
     def is_missing(self, row: int, column: int) -> bool:
         """Whether nothing was written for a block: scanners leave out empty glass."""
+        index = row * self.across + column
+        if not self.separate:
+            return self.counts[index] == 0 or self.offsets[index] == 0
         return all(self.counts[n] == 0 or self.offsets[n] == 0 for n in self.segments(row, column))
 
 
@@ -86,8 +99,9 @@ def plane_from_page(page: Any, *, believe_markers: bool) -> Plane:
 
     Args:
         page: The page, its file still open.
-        believe_markers: See :class:`Plane`. Bio-Formats writes YCbCr with a JFIF marker under photometric RGB;
-            OpenSlide goes by the photometric interpretation alone.
+        believe_markers: Let a JPEG tile's own JFIF or Adobe marker overrule a photometric interpretation of RGB.
+            Bio-Formats writes YCbCr with a JFIF marker under photometric RGB; OpenSlide goes by the photometric
+            interpretation alone.
 
     Raises:
         UnsupportedTiffError: It is too large, of another pixel type or compression, or lacks blocks.
@@ -150,9 +164,21 @@ def plane_from_page(page: Any, *, believe_markers: bool) -> Plane:
         compression=int(page.compression),
         photometric=int(page.photometric),
         alpha=int(page.extrasamples[0]) if page.extrasamples else None,
-        believe_markers=believe_markers,
+        jpeg=_jpeg_tiles(page, 1 if separate else samples, believe_markers),
         # Built here, in one thread: tifffile makes it at first use, and that is not safe in several.
         decode=page.decode,
+    )
+
+
+def _jpeg_tiles(page: Any, components: int, believe_markers: bool) -> JpegTiles | None:
+    if page.compression != _JPEG or components not in (1, 3):
+        return None
+    rgb_inside = page.photometric == _RGB
+    return JpegTiles(
+        tables=page.jpegtables,
+        components=components,
+        rgb_inside=rgb_inside,
+        believe_markers=believe_markers and rgb_inside,
     )
 
 
@@ -174,11 +200,11 @@ def decode_block(
     Raises:
         Exception: The bytes are damaged; each codec has exceptions of its own.
     """
-    parts = [
-        _decode_segment(plane, row, column, index, data, buffer=None if plane.separate else buffer)
-        for index, data in zip(plane.segments(row, column), stored, strict=True)
-    ]
-    return _to_rgb(np.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], plane)
+    indices = plane.segments(row, column)
+    if not plane.separate:
+        return _to_rgb(_decode_segment(plane, row, column, indices[0], stored[0], buffer=buffer), plane)
+    parts = [_decode_segment(plane, row, column, index, data) for index, data in zip(indices, stored, strict=True)]
+    return _to_rgb(np.concatenate(parts, axis=2), plane)
 
 
 def decode_shrunk(
@@ -190,6 +216,7 @@ def decode_shrunk(
     *,
     dct: bool,
     buffer: NDArray[np.uint8] | None = None,
+    place: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Decode one block at a fraction of its size; what lies beyond the image counts as white.
 
@@ -202,9 +229,10 @@ def decode_shrunk(
         dct: Let libjpeg shrink while it decodes; else each pixel is the mean of those it covers. Blocks that reach
             beyond the image are always averaged: what a writer puts there would bleed through the transform.
         buffer: As of :func:`decode_block`, of the size of a whole block.
+        place: Where the result is wanted; a part of a larger image may do.
 
     Returns:
-        (block height / factor, block width / factor, 3) uint8.
+        (block height / factor, block width / factor, 3) uint8; ``place`` itself where the result was put there.
 
     Raises:
         Exception: As :func:`decode_block`.
@@ -218,13 +246,18 @@ def decode_shrunk(
         seen = block[: plane.height_px - row * plane.block_height_px, : plane.width_px - column * plane.block_width_px]
         block = np.full((plane.block_height_px, plane.block_width_px, 3), 255, np.uint8)
         block[: seen.shape[0], : seen.shape[1]] = seen
-    return shrink(block, factor)
+    return shrink(block, factor, place)
 
 
-def shrink(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    """Average squares of ``factor`` x ``factor`` pixels; the sides of ``pixels`` are multiples of it."""
-    height_px, width_px = pixels.shape[0] // factor, pixels.shape[1] // factor
-    return np.asarray(cv2.resize(pixels, (width_px, height_px), interpolation=cv2.INTER_AREA), np.uint8)
+def shrink(pixels: NDArray[np.uint8], factor: int, place: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Average squares of ``factor`` x ``factor`` pixels; the sides of ``pixels`` are multiples of it.
+
+    Returns:
+        ``place`` with the result, where its rows of pixels are contiguous; else fresh memory.
+    """
+    size_px = (pixels.shape[1] // factor, pixels.shape[0] // factor)
+    dst = place if place is not None and place.strides[1:] == (3, 1) and place.strides[0] > 0 else None
+    return np.asarray(cv2.resize(pixels, size_px, dst=dst, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _decode_segment(
@@ -236,22 +269,9 @@ def _decode_segment(
     factor: int = 1,
     buffer: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    # The last strip ends with the image; some writers also cut compressed tiles there.
-    cut_width_px = min(plane.block_width_px, plane.width_px - column * plane.block_width_px)
-    cut_height_px = min(plane.block_height_px, plane.height_px - row * plane.block_height_px)
-    sizes = {(plane.block_width_px, plane.block_height_px), (cut_width_px, cut_height_px)}
-    samples = 1 if plane.separate else plane.samples
-    if plane.compression == _JPEG and samples in (1, 3):
-        return decode_jpeg(
-            data,
-            tables=plane.tables,
-            components=samples,
-            rgb_inside=plane.photometric == _RGB,
-            believe_markers=plane.believe_markers and plane.photometric == _RGB,
-            sizes=sizes,
-            factor=factor,
-            buffer=buffer,
-        )
+    sizes = plane.sizes(row, column)
+    if plane.jpeg is not None:
+        return plane.jpeg.decode(data, sizes=sizes, factor=factor, buffer=buffer)
     if factor != 1:
         raise ValueError("only JPEG tiles of one or three components can be decoded at a reduced size")
     # These decoders fill up what is missing without a word, but a stream that was cut lacks its end marker.
@@ -265,14 +285,15 @@ def _decode_segment(
     decoded, _, shape = plane.decode(data, index, jpegtables=plane.tables)
     block: NDArray[np.uint8] = decoded.reshape(decoded.shape if decoded.ndim == 4 else shape)[0]
     _check_size((block.shape[1], block.shape[0]), sizes)
+    samples = 1 if plane.separate else plane.samples
     if block.shape[2:] != (samples,) or block.dtype != np.uint8:
         raise ValueError(f"decoded to {block.dtype} {block.shape}")
     return block
 
 
-def _check_size(found: tuple[int, int], sizes: set[tuple[int, int]]) -> None:
+def _check_size(found: tuple[int, int], sizes: tuple[tuple[int, int], ...]) -> None:
     if found not in sizes:
-        wanted = " or ".join(f"{width} x {height}" for width, height in sorted(sizes, reverse=True))
+        wanted = " or ".join(f"{width} x {height}" for width, height in sizes)
         raise ValueError(f"it holds {found[0]} x {found[1]} px in place of {wanted}")
 
 
@@ -292,6 +313,8 @@ def _photometrics(samples: int) -> tuple[int, ...]:
 
 def _to_rgb(block: NDArray[np.uint8], plane: Plane) -> NDArray[np.uint8]:
     """Turn (h, w, 1 to 4) samples into (h, w, 3) RGB over white."""
+    if plane.samples == 3:
+        return np.ascontiguousarray(block)
     colours = 1 if plane.samples < 3 else 3
     rgb = block[..., :colours]
     if plane.photometric == _WHITE_IS_ZERO:

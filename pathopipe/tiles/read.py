@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from pathopipe.errors import TileReadError
 from pathopipe.geometry import Region
 from pathopipe.records import TileGrid
-from pathopipe.slide.base import Slide
+from pathopipe.slide.base import Slide, empty_pixels
 from pathopipe.tiles.plan import ReadPlan, plan_reading
 
 __all__ = ["TileBatch", "TileStream", "read_tile"]
 
 # Neighbouring tiles share the file's own compressed blocks, so a thread takes a few in a row.
-_TILES_A_TASK = 4
+_MOST_TILES_A_TASK = 8
 
 _FILTERS = {"area": cv2.INTER_AREA, "enlarge": cv2.INTER_CUBIC}
 
@@ -48,7 +48,7 @@ def read_tile(slide: Slide, grid: TileGrid, row: int) -> NDArray[np.uint8]:
     Raises:
         TileReadError: The slide can't be read there.
     """
-    tile = np.empty((grid.side_px, grid.side_px, 3), np.uint8)
+    tile = empty_pixels((grid.side_px, grid.side_px, 3))
     _read_into(tile, slide, grid, plan_reading(slide, grid), row)
     return tile
 
@@ -77,7 +77,7 @@ class TileStream(Iterator[TileBatch]):
         batch_size: Most tiles a batch.
         threads: How many read.
         look_ahead: Batches read before they are asked for.
-        allocate: Makes the buffers; a GPU wants pinned memory.
+        allocate: Makes the bytes that all buffers lie in; a GPU wants them pinned.
     """
 
     def __init__(
@@ -93,13 +93,15 @@ class TileStream(Iterator[TileBatch]):
     ) -> None:
         self._slide, self._grid = slide, grid
         self._plan = plan_reading(slide, grid)
-        self._free = deque(allocate((batch_size, grid.side_px, grid.side_px, 3)) for _ in range(look_ahead + 1))
+        self._free = deque(empty_pixels((look_ahead + 1, batch_size, grid.side_px, grid.side_px, 3), allocate))
         self._todo: Iterator[tuple[int, slice]] = (
             (chunk, slice(first, min(first + batch_size, rows.stop)))
             for chunk, rows in chunks
             for first in range(rows.start, rows.stop, batch_size)
         )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        # Two tasks a thread at least: while the end of a batch is waited for, none shall be idle.
+        self._task_tiles = max(1, min(_MOST_TILES_A_TASK, (look_ahead + 1) * batch_size // (2 * threads)))
         self._waiting: deque[_Pending] = deque()
         self._in_use: NDArray[np.uint8] | None = None
         self._read_ahead()
@@ -133,7 +135,8 @@ class TileStream(Iterator[TileBatch]):
             following = next(self._todo, None)
             if following is None:
                 return
-            pending = _Pending(self._slide, self._grid, self._plan, *following, self._free.popleft(), self._pool)
+            pending = _Pending(self._slide, self._grid, self._plan, *following, self._free.popleft())
+            pending.begin(self._pool, self._task_tiles)
             self._waiting.append(pending)
 
 
@@ -148,24 +151,26 @@ class _Pending:
         chunk: int,
         rows: slice,
         buffer: NDArray[np.uint8],
-        pool: ThreadPoolExecutor,
     ) -> None:
         self.buffer = buffer
+        self._slide, self._grid, self._plan = slide, grid, plan
         self._chunk = chunk
         self._rows = rows
         self._images = buffer[: rows.stop - rows.start]
-        self._tasks: list[Future[tuple[list[tuple[int, str]], float]]] = [
-            pool.submit(self._fill, slide, grid, plan, slice(first, min(first + _TILES_A_TASK, rows.stop)))
-            for first in range(rows.start, rows.stop, _TILES_A_TASK)
-        ]
+        self._tasks: list[Future[tuple[list[tuple[int, str]], float]]] = []
 
-    def _fill(self, slide: Slide, grid: TileGrid, plan: ReadPlan, rows: slice) -> tuple[list[tuple[int, str]], float]:
+    def begin(self, pool: ThreadPoolExecutor, task_tiles: int) -> None:
+        """Hand it to the threads, so many tiles at a time."""
+        for first in range(self._rows.start, self._rows.stop, task_tiles):
+            self._tasks.append(pool.submit(self._fill, slice(first, min(first + task_tiles, self._rows.stop))))
+
+    def _fill(self, rows: slice) -> tuple[list[tuple[int, str]], float]:
         started = time.perf_counter()
         faults = []
         for row in range(rows.start, rows.stop):
             at = row - self._rows.start
             try:
-                _read_into(self._images[at], slide, grid, plan, row)
+                _read_into(self._images[at], self._slide, self._grid, self._plan, row)
             except TileReadError as error:
                 self._images[at] = 0
                 faults.append((at, str(error)))
@@ -173,7 +178,8 @@ class _Pending:
 
     def batch(self) -> TileBatch:
         """Wait for the threads."""
-        done = [task.result() for task in self._tasks]
+        # The last task is waited for first: to wake up for each would take the interpreter from the readers.
+        done = [task.result() for task in reversed(self._tasks)][::-1]
         readable = np.ones(len(self._images), np.bool_)
         faults = [fault for found, _ in done for fault in found]
         readable[[at for at, _ in faults]] = False

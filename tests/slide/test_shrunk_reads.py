@@ -167,3 +167,29 @@ def test_real_slide_differs_as_little_as_documented(shared_data: Path) -> None:
     found, truth = shrunk(slide, region, 2, dct=True), averaged(slide, region, 2)
     assert truth.std() > 20
     assert cv2.PSNR(found, truth) > 36
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("factor", "dct"), [(1, False), (2, False), (2, True)])
+def test_any_array_may_be_read_into(tmp_path: Path, factor: int, dct: bool, keep: bool) -> None:
+    """Turned round, with gaps, or a part of a larger one: blocks are put there all the same, and nowhere else."""
+    slide = open_slide(write_svs(tmp_path / "a.svs", [picture(720, 720)]))
+    side = 480 // factor
+    region = Region(240, 0, 0, 480, 480)
+    truth = shrunk(slide, region, factor, dct=dct)
+    whole = np.full((2 * side, 3 * side, 3), 77, np.uint8)
+    for place in (
+        (slice(side - 1, None, -1), slice(0, side)),
+        (slice(0, side), slice(side - 1, None, -1)),
+        (slice(0, None, 2), slice(0, None, 3)),
+        (slice(5, side + 5), slice(7, side + 7)),
+    ):
+        whole[...] = 77
+        out = whole[place]
+        slide.read_into(out, region, factor=factor, dct=dct, keep=keep)
+        np.testing.assert_array_equal(out, truth)
+        out[...] = 77
+        assert (whole == 77).all()
+    turned = np.empty((side, side, 3), np.uint8).transpose(1, 0, 2)
+    slide.read_into(turned, region, factor=factor, dct=dct, keep=keep)
+    np.testing.assert_array_equal(turned, truth)
