@@ -3,7 +3,7 @@
     python benchmarks/objects.py network [--slide FILE] [--weights FILE] [--side-px 8000] [--rounds 3] [--device auto]
     python benchmarks/objects.py regions [--weights FILE] [--side-px 8000] [--region-sizes 512,2048,8192]
     python benchmarks/objects.py stub [--side-px 8000] [--rounds 3]
-    python benchmarks/objects.py slides [--weights FILE] [--sizes 6000,20000,60000] [--folder DIR]
+    python benchmarks/objects.py slides [--weights FILE] [--sizes 6000,20000,60000x14000] [--folder DIR]
     python benchmarks/objects.py merge [--counts 10000,100000,1000000]
     python benchmarks/objects.py export [--counts 200000,1000000]
 
@@ -235,21 +235,23 @@ def whole_road(slide: Slide, path: Path, plan: Plan, cores: int) -> tuple[SlideS
     return store, report, time.perf_counter() - merging
 
 
-def slides(folder: Path, sizes: list[int], weights: Path | None) -> None:
+def slides(folder: Path, sizes: list[tuple[int, int]], weights: Path | None) -> None:
     """``pathopipe segment`` on growing slides."""
-    header = ("side px", "nuclei", "seconds", "CPU ms/nucleus", "peak MB", "GeoJSON s", "its peak MB")
-    print("".join(f"{name:>15}" for name in header))
-    for side_px in sizes:
-        slide = folder / f"objects-{side_px}.tiff"
+    header = ("side px", "tissue mm2", "seconds", "CPU seconds", "peak MB", "GeoJSON s", "its peak MB", "  objects")
+    print("".join(f"{name:>15}" for name in header), flush=True)
+    for width_px, height_px in sizes:
+        slide = folder / f"objects-{width_px}x{height_px}.tiff"
         if not slide.exists():
-            write_slide(slide, SynthSpec(width_px=side_px, height_px=side_px, mpp=0.25, seed=5, repeat_px=4096))
-        out = folder / f"objects-{side_px}"
+            write_slide(slide, SynthSpec(width_px=width_px, height_px=height_px, mpp=0.25, seed=5, repeat_px=4096))
+        out = folder / slide.stem
         model = ("--weights", weights) if weights is not None else ("--model", "classical")
         seconds, cpu_s, peak_mb = run("segment", slide, "--out", out, "--no-geojson", "--fresh", *model)
         export_s, _, export_mb = run("export", "geojson", out, "--out", out / "qupath", "--layer", "nuclei")
-        n = len(SlideStore.open(store_path(out, slide.stem)).objects("nuclei"))
-        row = (side_px, n, f"{seconds:.1f}", f"{cpu_s / n * 1e3:.3f}", f"{peak_mb:.0f}", f"{export_s:.1f}")
-        print("".join(f"{value:>15}" for value in (*row, f"{export_mb:.0f}")), flush=True)
+        store = SlideStore.open(store_path(out, slide.stem))
+        n = ", ".join(f"{len(store.objects(layer))} {layer}" for layer in store.layers())
+        row = (f"{width_px}x{height_px}", f"{sum(store.read_tissue().areas_mm2):.1f}", f"{seconds:.1f}")
+        row = (*row, f"{cpu_s:.1f}", f"{peak_mb:.0f}", f"{export_s:.1f}", f"{export_mb:.0f}", f"  {n}")
+        print("".join(f"{value:>15}" for value in row), flush=True)
 
 
 def merge(folder: Path, counts: list[int]) -> None:
@@ -360,7 +362,7 @@ def main() -> None:
     parser.add_argument("--side-px", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slide", type=Path, help="of network: this one, not a drawn one")
-    parser.add_argument("--sizes", default="6000,20000,60000")
+    parser.add_argument("--sizes", default="6000,20000,60000", help="of slides: sides, or WIDTHxHEIGHT")
     parser.add_argument("--weights", type=Path, help="the shipped ones when left out; of slides: classical")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--region-sizes", default="512,2048,8192")
@@ -378,7 +380,8 @@ def main() -> None:
         elif arguments.what == "stub":
             stub(arguments.side_px, arguments.rounds)
         elif arguments.what == "slides":
-            slides(folder, [int(size) for size in arguments.sizes.split(",")], arguments.weights)
+            sizes = [[int(side) for side in size.split("x")] for size in arguments.sizes.split(",")]
+            slides(folder, [(size[0], size[-1]) for size in sizes], arguments.weights)
         elif arguments.what == "merge":
             merge(folder, [int(count) for count in (arguments.counts or "10000,100000,1000000").split(",")])
         else:

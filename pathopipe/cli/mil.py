@@ -99,7 +99,7 @@ def train(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, help="Threads to keep busy, shared by --workers.  [default: all usable cores]"),
+        typer.Option("--threads", min=1, help="Threads to keep busy, by all --workers.  [default: all usable cores]"),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where networks are trained.")] = Device.AUTO,
 ) -> None:

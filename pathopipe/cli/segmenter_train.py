@@ -82,6 +82,7 @@ def _report(trained: "Trained") -> dict[str, object]:
         "weights": str(trained.weights),
         "step": trained.step,
         "steps": trained.steps,
+        "tissue_steps": trained.tissue_steps,
         "stopped_early": trained.stopped_early,
         "seconds": round(trained.seconds, 1),
         "scores": trained.scores.flat(),
@@ -90,7 +91,8 @@ def _report(trained: "Trained") -> dict[str, object]:
 
 def _describe(settings: "SegmenterSettings", trained: "Trained") -> str:
     ended = "no better for a while, so it ended there" if trained.stopped_early else "all that were asked for"
-    lines = [f"{settings.name}: {trained.steps} steps ({ended}); kept is the network of step {trained.step}"]
+    then = f"; then {trained.tissue_steps} for tissue types alone" if trained.tissue_steps else ""
+    lines = [f"{settings.name}: {trained.steps} steps ({ended}); kept is the network of step {trained.step}{then}"]
     rows = [
         (task, name, _SCORE_OF[task], f"{value:.3f}", str(trained.images[name][1]))
         for task, each in trained.scores.by_task.items()

@@ -50,11 +50,17 @@ def write_card(settings: SegmenterSettings, trained: Trained, out: Path) -> Path
         lines.append(f"| {dataset.name} | {dataset.kind} | {dataset.share:g} | {learnt} | {kept_back} |")
     lines += ["", "Images are kept back by source (slide, patient, mosaic): no source is on both sides.", ""]
     if trained.scores.by_task:
+        then = (
+            f" The head of tissue types then learnt alone for {trained.tissue_steps} steps, which these scores did not "
+            "choose."
+            if trained.tissue_steps
+            else ""
+        )
         lines += [
             "## On what was kept back",
             "",
             f"Whole images at {settings.network.mpp:g} um/px. The network of step {trained.step} of {trained.steps} "
-            "was chosen by these very scores, so they flatter it a little.",
+            f"was chosen by these very scores, so they flatter it a little.{then}",
             "",
             "| task | data set | score | |",
             "| --- | --- | --- | --- |",

@@ -82,8 +82,11 @@ def _weighted_means(
             for at, channel in enumerate(blended):
                 total[at, into_y, into_x] += maps[from_y, from_x, channel] * share
             weight[into_y, into_x] += share
+    is_said = weight > 0
+    if (weight == _FULL * _FULL).all():  # as nearly always; a shift is ten times as fast as a division
+        return ((total + _FULL * _FULL // 2) >> 8).astype(np.uint8), is_said
     divisor = np.maximum(weight, 1)
-    return ((total + divisor // 2) // divisor).astype(np.uint8), weight > 0
+    return ((total + divisor // 2) // divisor).astype(np.uint8), is_said
 
 
 def _ramp(core_px: int, overlap_px: int) -> NDArray[np.uint16]:

@@ -43,13 +43,20 @@ class Progress:
     worse: int = 0
     """Validations since the best."""
     ended: bool = False
+    tissue_step: int = 0
+    """Steps taken for tissue types alone."""
+    tissue_steps: int = 0
+    """How many there are to be; 0 until the first of them."""
     scores: dict[str, float] = field(default_factory=dict)
 
 
 def digest_settings(settings: SegmenterSettings) -> str:
-    """Of what decides the weights; where they are computed does not."""
+    """Of what decides the weights; where they are computed does not.
+
+    ``tissue_steps`` is left out: a training that ended without them can go on with them.
+    """
     said = settings.model_dump(mode="json")
-    for key in ("threads", "device", "checkpoint_every"):
+    for key in ("threads", "device", "checkpoint_every", "tissue_steps"):
         del said["train"][key]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -104,7 +111,8 @@ def read_checkpoint(out: Path, settings: SegmenterSettings) -> dict[str, Any] | 
     except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160] or "it is empty"
         raise UsageError(f"{path}: can't be read ({reason}); start anew with --fresh") from None
-    if not isinstance(state, dict) or state.get("settings") != digest_settings(settings):
+    is_same = isinstance(state, dict) and state.get("settings") == digest_settings(settings)
+    if not is_same or state["progress"].get("tissue_steps", 0) not in {0, settings.train.tissue_steps}:
         raise UsageError(f"{out}: holds a training with other settings; give another --out, or start anew with --fresh")
     return state
 

@@ -114,19 +114,20 @@ def reach_px(spec: NetworkSpec) -> int:
     return max(parting_reach_px(spec.mpp, _SIZE), round(_GLAND_GROW_UM / spec.mpp) + 2)
 
 
-def instances_of(maps: Plane, spec: NetworkSpec, mpp: float) -> dict[str, Instances]:
+def instances_of(maps: Plane, spec: NetworkSpec, mpp: float, *, halo_px: int = 0) -> dict[str, Instances]:
     """The objects of every layer.
 
     Args:
         maps: (height, width, channels) as :func:`to_maps` makes them.
         spec: The network.
         mpp: Micrometres per pixel of the maps.
+        halo_px: Width of the rim in which nuclei that have their centroid there may be left out.
     """
     plane: dict[str, Plane] = {name: np.ascontiguousarray(maps[..., at]) for at, name in enumerate(map_channels(spec))}
     found: dict[str, Instances] = {}
     for task in spec.tasks:
         if task.name == "nuclei":
-            found["nuclei"] = _nuclei(plane, task, mpp)
+            found["nuclei"] = _nuclei(plane, task, mpp, halo_px)
         elif task.name == "glands":
             found["glands"] = _glands(plane, mpp)
         elif task.name == "lumina":
@@ -136,11 +137,12 @@ def instances_of(maps: Plane, spec: NetworkSpec, mpp: float) -> dict[str, Instan
     return found
 
 
-def _nuclei(plane: Mapping[str, Plane], task: TaskSpec, mpp: float) -> Instances:
+def _nuclei(plane: Mapping[str, Plane], task: TaskSpec, mpp: float, halo_px: int) -> Instances:
     inside, distance = plane["nuclei.inside"], plane["nuclei.distance"]
     nuclear = (inside >= _NUCLEAR).view(np.uint8)
     landscape = cv2.blur(distance, (3, 3), borderType=cv2.BORDER_REPLICATE)
-    labels, share = part_landscape(landscape, nuclear, inside, mpp, _SIZE, sure=_SURE)
+    wanted = (slice(halo_px, inside.shape[0] - halo_px), slice(halo_px, inside.shape[1] - halo_px))
+    labels, share = part_landscape(landscape, nuclear, inside, mpp, _SIZE, sure=_SURE, wanted=wanted)
     if "nuclei.class" not in plane or not len(share):
         return Instances(labels, np.zeros(len(share), np.uint8), share)
     # Every pixel of a nucleus votes.

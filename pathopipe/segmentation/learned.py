@@ -155,15 +155,18 @@ class LearnedModel:
                 self._step //= 2
 
     def instances(self, maps: NDArray[np.uint8]) -> dict[str, Instances]:
-        """(height, width, channels) of a region with its halo -> the objects of every layer, by its name."""
-        return self.instances_at(maps, self.mpp)
+        """(height, width, channels) of a region with its halo -> the objects of every layer, by its name.
+
+        Nuclei of the halo, which are other regions', may be left out.
+        """
+        return instances_of(maps, self.spec, self.mpp, halo_px=self.halo_px)
 
     def instances_at(self, maps: NDArray[np.uint8], mpp: float) -> dict[str, Instances]:
-        """The same for maps that were brought to another resolution."""
+        """The same for the maps of a whole image, which may have been brought to another resolution."""
         return instances_of(maps, self.spec, mpp)
 
     def _each(self, steps: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        if self._workers == 1:
+        if self.device.type != "cpu":
             return [self._forward(step) for step in steps]
         if self._pool is None:
             # The number of threads is a thread's own, so that of the caller stays as it is. Windows that stand alone
@@ -255,7 +258,7 @@ def find_objects(rgb: NDArray[np.uint8], mpp: float, model: LearnedModel) -> dic
     maps = _maps_of_image(np.asarray(work, np.uint8), model)
     if factor < 1:
         return model.instances_at(_enlarged(maps, (width, height), model.categorical), mpp)
-    return {name: _shrunk(found, (width, height)) for name, found in model.instances(maps).items()}
+    return {name: _shrunk(found, (width, height)) for name, found in model.instances_at(maps, model.mpp).items()}
 
 
 def _maps_of_image(rgb: NDArray[np.uint8], model: LearnedModel) -> NDArray[np.uint8]:

@@ -105,5 +105,8 @@ class Model(Protocol):
         ...
 
     def instances(self, maps: NDArray[Any]) -> dict[str, Instances]:
-        """(height, width, channels) of a region with its halo -> the objects of every layer, by its name."""
+        """(height, width, channels) of a region with its halo -> the objects of every layer, by its name.
+
+        Objects of the halo that belong to other regions may be left out.
+        """
         ...

@@ -104,7 +104,14 @@ def part_nuclei(signal: Plane, mpp: float, size: NucleusSize) -> NDArray[np.int3
 
 
 def part_landscape(
-    landscape: Plane, nuclear: Plane, inside: Plane, mpp: float, size: NucleusSize, *, sure: float
+    landscape: Plane,
+    nuclear: Plane,
+    inside: Plane,
+    mpp: float,
+    size: NucleusSize,
+    *,
+    sure: float,
+    wanted: tuple[slice, slice] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Find the nuclei of a landscape that rises from their edges to their middles, as networks draw it.
 
@@ -115,24 +122,33 @@ def part_landscape(
         mpp: Micrometres per pixel.
         size: What counts as a nucleus.
         sure: Least mean probability of a nucleus.
+        wanted: Rows and columns; nuclei that lie beyond may be left out. All that have their centroid there are found,
+            and they are what they would be among all.
 
     Returns:
         (height, width) 0 for background, nuclei 1 to n in the order of their first pixels, local as those of
         :func:`part_nuclei` are; and (n,) their mean probabilities.
     """
     nuclear = _fill_holes(nuclear, _HOLE_UM2 / mpp**2)
+    whole = np.zeros(landscape.shape, np.int32)
+    box = (slice(0, landscape.shape[0]), slice(0, landscape.shape[1]))
+    if wanted is not None:
+        nuclear, box = _reaching(nuclear, wanted)
+        if not nuclear.size:
+            return whole, np.zeros(0, np.float32)
     level_of = np.minimum((np.arange(256) * N_LEVELS >> 8) + 1, N_LEVELS).astype(np.uint8)
-    labels, n = _choose(cv2.LUT(landscape, level_of) * nuclear, mpp, size)
+    labels, n = _choose(cv2.LUT(landscape[box], level_of) * nuclear, mpp, size)
     if n == 0:
-        return np.zeros(landscape.shape, np.int32), np.zeros(0, np.float32)
+        return whole, np.zeros(0, np.float32)
     labels = grow_labels(labels, nuclear, _px(_GROW_UM, mpp))
     labels, n = _opened(labels)
     runs, part = _runs_and_parts(labels)
     area_px = np.bincount(part, runs.stop - runs.start, minlength=n)
-    share = (np.bincount(part, sum_runs(runs, inside), minlength=n) / area_px / 255).astype(np.float32)
+    share = (np.bincount(part, sum_runs(runs, inside[box]), minlength=n) / area_px / 255).astype(np.float32)
     area_um2 = area_px * mpp**2
     kept = (area_um2 >= size.min_um2) & (area_um2 <= size.max_um2) & (share >= sure)
-    return _kept_only(runs, part, kept, landscape.shape), share[kept]
+    whole[box] = _kept_only(runs, part, kept, labels.shape)
+    return whole, share[kept]
 
 
 def _px(length_um: float, mpp: float) -> int:
@@ -225,6 +241,32 @@ def _choose(levels: Plane, mpp: float, size: NucleusSize) -> tuple[Labels, int]:
     chosen = np.concatenate(starts)[order].astype(np.int64)
     runs = Runs(chosen, chosen + np.concatenate(lengths)[order], np.concatenate(numbers)[order])
     return _painted(runs, n_nuclei, levels.shape), n_nuclei
+
+
+def _reaching(nuclear: Plane, wanted: tuple[slice, slice]) -> tuple[Plane, tuple[slice, slice]]:
+    """Those 8-connected parts of a mask whose upright box meets some rows and columns, cut out; and where it was cut.
+
+    The box of a part holds its nuclei with their centroids, and no other part has a say in them.
+    """
+    runs, width = find_runs(np.pad(nuclear, 1)), nuclear.shape[1] + 2
+    if not len(runs.label):
+        return nuclear[:0, :0], (slice(0, 0), slice(0, 0))
+    n, part = _connect_diagonally(runs.start.astype(np.int32), runs.stop.astype(np.int32), width)
+    y, x = np.divmod(runs.start, width)
+    meets = np.ones(n, np.bool_)
+    for low, high, span in ((y, y + 1, wanted[0]), (x, x + runs.stop - runs.start, wanted[1])):
+        least, most = np.full(n, nuclear.size), np.zeros(n, np.int64)
+        np.minimum.at(least, part, low)
+        np.maximum.at(most, part, high)
+        meets &= (least - 1 < span.stop) & (most - 1 > span.start)  # the frame is one pixel wide
+    kept = meets[part]
+    if not kept.any():
+        return nuclear[:0, :0], (slice(0, 0), slice(0, 0))
+    runs = Runs(runs.start[kept], runs.stop[kept], runs.label[kept])
+    rows = slice(int(y[kept][0]) - 1, int(y[kept][-1]))
+    left, right = int(x[kept].min()) - 1, int((x[kept] + runs.stop - runs.start).max()) - 1
+    box = (rows, slice(left, right))
+    return paint_runs(runs, runs.label, (nuclear.shape[0], nuclear.shape[1]))[box], box
 
 
 def _connect_diagonally(start: NDArray[np.int32], stop: NDArray[np.int32], width: int) -> tuple[int, NDArray[np.int32]]:
@@ -348,7 +390,8 @@ def grow_labels(labels: Labels, into: Plane, steps: int) -> Labels:
     """
     framed = np.pad(labels, 1)
     flat, width = framed.ravel(), framed.shape[1]
-    free = np.flatnonzero((flat == 0) & np.pad(into, 1).ravel().view(np.bool_)).astype(np.int32)
+    free = np.flatnonzero(np.pad(into, 1).view(np.bool_)).astype(np.int32)
+    free = free[flat[free] == 0]
     sides, corners = (-1, 1, -width, width), (-width - 1, -width + 1, width - 1, width + 1)
     for step in range(steps):
         if not len(free):

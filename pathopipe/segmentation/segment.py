@@ -1,11 +1,12 @@
 """Streams a slide through a model by region: windows are read and mapped once, and regions are finished behind them.
 
-While the model works on the windows of one region, threads find, measure and store the objects of those before.
+While the model works on the windows of one region, threads read those of the next, and others find, measure and store
+the objects of those before.
 """
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,11 +20,11 @@ from pathopipe.segmentation.cells import expand_labels
 from pathopipe.segmentation.model import Instances, Layer, Model
 from pathopipe.segmentation.morphology import measure_labels
 from pathopipe.segmentation.stitch import BoxPx, cut_strips, owned_by, regions_of
-from pathopipe.segmentation.trace import find_runs, trace_labels
+from pathopipe.segmentation.trace import find_runs, trace_labels, trace_runs
 from pathopipe.slide.base import Slide
 from pathopipe.store import PartTable, SlideStore
 from pathopipe.tiles.grid import Windows
-from pathopipe.tiles.read import TileStream
+from pathopipe.tiles.read import TileBatch, TileStream
 
 __all__ = ["CELLS", "SEGMENT_VERSION", "Plan", "SegmentReport", "plan_regions", "segment_regions"]
 
@@ -80,7 +81,7 @@ class Plan:
 
 @dataclass(slots=True)
 class SegmentReport:
-    """What a run over regions did; the loop waits for windows, is with the model, or waits for post-processing."""
+    """What a run over regions did. The model works on the next windows while the loop looks at those before."""
 
     windows: int = 0
     bad_windows: int = 0
@@ -88,7 +89,9 @@ class SegmentReport:
     read_s: float = 0.0
     """Seconds of the reading threads, added up; they pass beside the loop."""
     waiting_s: float = 0.0
+    """The loop waited for windows to be read."""
     model_s: float = 0.0
+    """The model worked."""
     post_s: float = 0.0
     """Seconds of the post-processing threads, added up; they pass beside the loop."""
     behind_s: float = 0.0
@@ -152,17 +155,14 @@ def segment_regions(
     workers = min(threads, _MOST_WORKERS)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="objects")
     regions = iter(todo.items())
+    ahead = next(regions, None)
+    mapper = ThreadPoolExecutor(1, thread_name_prefix="maps")
     try:
-        ahead = next(regions, None)
-        asked = time.perf_counter()
-        for batch in batches:
-            got = time.perf_counter()
-            maps = plan.model.maps(batch.images)
+        for batch, maps, seconds in _mapped(plan.model, batches, mapper, report):
             # Where nothing can be read, nothing is found.
             maps[~batch.readable] = 0
             canvas.add(order[batch.rows], batch.images, maps, batch.readable)
-            report.waiting_s += got - asked
-            report.model_s += time.perf_counter() - got
+            report.model_s += seconds
             report.read_s += batch.reading_s
             report.windows += len(maps)
             report.bad_windows += int(np.count_nonzero(~batch.readable))
@@ -178,15 +178,39 @@ def segment_regions(
                     report.post_s += waiting.popleft().result()
                 report.behind_s += time.perf_counter() - started
             on_windows(report.windows, len(grid))
-            asked = time.perf_counter()
         started = time.perf_counter()
         while waiting:
             report.post_s += waiting.popleft().result()
         report.behind_s += time.perf_counter() - started
     finally:
+        mapper.shutdown(wait=True, cancel_futures=True)
         batches.close()
         pool.shutdown(wait=True, cancel_futures=True)
     return report
+
+
+def _mapped(
+    model: Model, batches: TileStream, mapper: ThreadPoolExecutor, report: SegmentReport
+) -> Iterator[tuple[TileBatch, NDArray[Any], float]]:
+    """Batches with their maps and the seconds these took; the model is at the next batch while one is looked at."""
+
+    def timed(images: NDArray[np.uint8]) -> tuple[NDArray[Any], float]:
+        started = time.perf_counter()
+        return model.maps(images), time.perf_counter() - started
+
+    asked = time.perf_counter()
+    before: tuple[TileBatch, Future[tuple[NDArray[Any], float]]] | None = None
+    for batch in batches:
+        report.waiting_s += time.perf_counter() - asked
+        # The stream uses its buffer again as soon as it is asked for the next batch.
+        kept = replace(batch, images=batch.images.copy())
+        after = (kept, mapper.submit(timed, kept.images))
+        if before is not None:
+            yield before[0], *before[1].result()
+        before = after
+        asked = time.perf_counter()
+    if before is not None:
+        yield before[0], *before[1].result()
 
 
 def _order_windows(plan: Plan, todo: Mapping[str, BoxPx]) -> tuple[NDArray[np.int64], dict[str, list[int]]]:
@@ -357,12 +381,14 @@ def _joined_part(plan: Plan, box: BoxPx, instances: Instances) -> dict[str, NDAr
     halo_px = plan.halo_px
     core = instances.labels[halo_px : halo_px + box.height_px, halo_px : halo_px + box.width_px]
     # Most layers are not in most regions.
-    runs = find_runs(np.pad(core if len(instances.class_id) else core[:0], 1))
+    framed = np.pad(core if len(instances.class_id) else core[:0], 1)
+    runs = find_runs(framed)
     area_px = np.bincount(runs.label, runs.stop - runs.start, minlength=len(instances.class_id) + 1)[1:].astype(
         np.int64
     )
     numbers = np.flatnonzero(area_px) + 1
-    outlines = trace_labels(core, origin_px=(box.x_px, box.y_px), scale_l0=plan.windows.factor_l0, numbers=numbers)
+    origin_px = (box.x_px, box.y_px)
+    outlines = trace_runs(framed, runs, numbers, origin_px=origin_px, scale_l0=plan.windows.factor_l0)
     part: dict[str, NDArray[Any]] = {
         "label": numbers.astype(np.int32),
         "class_id": instances.class_id[numbers - 1],

@@ -44,6 +44,9 @@ class TrainSettings(_Frozen):
     teach_from: int | None = Field(default=None, ge=1)
     """From this step on, the running mean tells nuclei where a data set does not: self-training."""
     teach_weight: float = Field(default=0.5, gt=0, le=2)
+    tissue_steps: int = Field(default=0, ge=0)
+    """Steps that follow for the head of tissue types alone, on images that tell it something; all else stays as it is.
+    Each label then counts by the root of the number of its sources, whatever the shares. A few hundred are enough."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps that a kill can lose."""
     threads: int = Field(default=1, ge=1, le=64)

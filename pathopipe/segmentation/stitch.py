@@ -127,8 +127,10 @@ def join_pieces(
     for number, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
         own = shapes[order[start:stop]]
         joined[number] = shapely.union_all(own) if len(own) > 1 else own[0]
+    canonical = shapely.normalize(joined)
     # Seams leave points on straight lines. Normalised rings begin at a corner, so all of these points can go.
-    canonical = shapely.normalize(shapely.simplify(shapely.normalize(joined), 0, preserve_topology=True))
+    has_seams = np.flatnonzero(np.diff(bounds) > 1)
+    canonical[has_seams] = shapely.normalize(shapely.simplify(canonical[has_seams], 0, preserve_topology=True))
     return canonical, object_of_piece.astype(np.int64), first_piece.astype(np.int64)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "runs_at",
     "sum_runs",
     "trace_labels",
+    "trace_runs",
 ]
 
 # A corner has the edges of one of the four pixels around a lattice point. It is convex where this pixel is the inside,
@@ -162,7 +163,20 @@ def trace_labels(
     if not len(numbers):
         return Outlines.empty()
     framed = np.pad(labels, 1)
-    runs = find_runs(framed)
+    return trace_runs(framed, find_runs(framed), numbers, origin_px=origin_px, scale_l0=scale_l0)
+
+
+def trace_runs(
+    framed: NDArray[np.integer],
+    runs: Runs,
+    numbers: NDArray[np.integer],
+    *,
+    origin_px: tuple[int, int],
+    scale_l0: tuple[float, float],
+) -> Outlines:
+    """What :func:`trace_labels` gives, from a label image that is framed with background and was cut into runs."""
+    if not len(numbers):
+        return Outlines.empty()
     region_of_run = connect_runs(runs, framed)
     corners = _find_corners(framed, runs, region_of_run, numbers)
     ring_of_corner, rank = _walk(corners.next)

@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ _MEND = "find the layer anew with 'pathopipe segment --fresh', or import it agai
 _BATCH_ROWS = 20_000
 _CHUNK_ROWS = 65_536
 _CHUNK_VERTICES = 524_288
+_WRITERS = 4
 
 
 class PartTable:
@@ -172,19 +174,12 @@ class ObjectArray:
 
 
 class _Column:
-    """An array that grows by whole chunks; nothing is ever rewritten."""
+    """An array that grows by whole chunks; nothing is ever rewritten. It is made with its first rows."""
 
     def __init__(self, groups: Groups, name: str, dtype: str, row_shape: tuple[int, ...], chunk_rows: int) -> None:
-        self._array = zarr.create_array(
-            groups.zarr_store,
-            name=name,
-            shape=(0, *row_shape),
-            chunks=(chunk_rows, *(max(1, side) for side in row_shape)),
-            dtype=dtype,
-            compressors=[ZstdCodec(level=3), Crc32cCodec()],
-            config={"write_empty_chunks": True},
-        )
+        self._groups, self._name, self._dtype, self._row_shape = groups, name, dtype, row_shape
         self._chunk_rows = chunk_rows
+        self._array: zarr.Array[Any] | None = None
         self._waiting: list[NDArray[Any]] = []
         self._n_waiting = 0
 
@@ -196,18 +191,33 @@ class _Column:
             self._flush(whole)
 
     def close(self) -> None:
-        self._flush(self._n_waiting)
+        if self._n_waiting or self._array is None:
+            self._flush(self._n_waiting)
 
     def _flush(self, n_rows: int) -> None:
-        rows = np.concatenate(self._waiting) if self._waiting else None
-        if rows is None or n_rows == 0:
+        if self._array is None:
+            start, self._array = 0, self._created(n_rows)
+        else:
+            start = self._array.shape[0]
+            self._array.resize((start + n_rows, *self._row_shape))
+        if n_rows == 0:
             return
-        start = self._array.shape[0]
-        self._array.resize((start + n_rows, *self._array.shape[1:]))
+        rows = np.concatenate(self._waiting)
         if rows[:n_rows].size:
-            self._array[start : start + n_rows] = rows[:n_rows].astype(self._array.dtype, copy=False)
+            self._array[start : start + n_rows] = rows[:n_rows].astype(self._dtype, copy=False)
         self._waiting = [rows[n_rows:]]
         self._n_waiting = len(rows) - n_rows
+
+    def _created(self, n_rows: int) -> "zarr.Array[Any]":
+        return zarr.create_array(
+            self._groups.zarr_store,
+            name=self._name,
+            shape=(n_rows, *self._row_shape),
+            chunks=(self._chunk_rows, *(max(1, side) for side in self._row_shape)),
+            dtype=self._dtype,
+            compressors=[ZstdCodec(level=3), Crc32cCodec()],
+            config={"write_empty_chunks": True},
+        )
 
 
 def write_objects(groups: Groups, layer: str, tables: Iterable[ObjectTable], *, about: Mapping[str, Any]) -> int:
@@ -243,8 +253,10 @@ def write_objects(groups: Groups, layer: str, tables: Iterable[ObjectTable], *, 
         n_objects += len(table)
     if head is None:
         raise ValueError(f"{layer}: write_objects needs at least one table")
-    for column in columns.values():
-        column.close()
+    # Most of the time of a small column is waiting for the disk.
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        for _ in pool.map(_Column.close, columns.values()):
+            pass
     described = {
         "classes": [{"name": each.name, "color": list(each.color)} for each in head.classes],
         "measurement_names": list(head.measurement_names),

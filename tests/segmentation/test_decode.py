@@ -9,6 +9,7 @@ from scipy.special import expit, softmax
 from skimage.measure import label
 
 from pathopipe.segmentation.decode import instances_of, layers_of, map_channels, reach_px, to_maps
+from pathopipe.segmentation.model import Instances
 from pathopipe.segmentation.network import ClassSpec, NetworkSpec, TaskSpec
 from pathopipe.segmentation.targets import border_target, distance_target
 
@@ -207,6 +208,39 @@ def test_a_crop_holds_the_same_objects() -> None:
         own = whole[task].labels[first : first + core, first : first + core] > 0
         assert 0.1 < own.mean() < 0.9
         assert (own == (cut[task].labels[inner, inner] > 0)).all()
+
+
+@pytest.mark.parametrize("halo_px", [0, 60, 150])
+def test_without_those_of_the_halo_nuclei_are_the_same(halo_px: int) -> None:
+    spec, side = spec_of("nuclei", n_classes=2), 400
+    maps = rough_maps(side, spec_of("nuclei", "glands", "lumina"))[..., :3]
+    maps[..., 2] = maps[..., 2] // 128 + 1
+    whole, cored = (instances_of(maps, spec, MPP, halo_px=halo)["nuclei"] for halo in (0, halo_px))
+
+    def those_of_the_core(found: Instances) -> dict[bytes, tuple[int, float]]:
+        nuclei = {}
+        for number in range(1, found.labels.max() + 1):
+            pixels = np.argwhere(found.labels == number)
+            centre = pixels.mean(axis=0) + 0.5
+            if (centre >= halo_px).all() and (centre < side - halo_px).all():
+                at = number - 1
+                nuclei[pixels.tobytes()] = (int(found.class_id[at]), float(found.class_probability[at]))
+        return nuclei
+
+    expected = those_of_the_core(whole)
+    assert those_of_the_core(cored) == expected
+    assert len(expected) >= {0: 60, 60: 30, 150: 3}[halo_px]
+    assert (cored.labels.max() < whole.labels.max()) == (halo_px > 0)
+
+
+def test_a_core_without_nuclei_is_empty() -> None:
+    truth = discs(200, (20, 20, 9), (180, 100, 9))
+    maps = nuclear_maps(truth)
+    assert instances_of(maps, spec_of("nuclei"), MPP)["nuclei"].labels.max() == 2
+    found = instances_of(maps, spec_of("nuclei"), MPP, halo_px=60)["nuclei"]
+    assert found.labels.shape == (200, 200)
+    assert not found.labels.any()
+    assert len(found.class_id) == len(found.class_probability) == 0
 
 
 def test_objects_are_as_sure_as_their_pixels_are_on_average() -> None:

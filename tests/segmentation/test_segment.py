@@ -1,5 +1,6 @@
 """A slide goes through windows, regions and merging, and comes out as it was drawn, whatever the regions."""
 
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,40 @@ def test_each_window_is_seen_once(truth: dict[str, NDArray[np.int32]], tmp_path:
     plan = make_plan(slide, model, 64)
     report = run(slide, store, plan)
     assert report.windows == model.seen_windows == len(plan.windows.grid) == 8 * 6
+
+
+def test_the_model_is_at_the_next_windows_while_regions_are_put_together(
+    truth: dict[str, NDArray[np.int32]], whole: SlideStore, tmp_path: Path
+) -> None:
+    """Windows that are read ahead must not be overwritten under the model that looks at them."""
+    told: list[int] = []
+
+    class Slow(CodedModel):
+        def maps(self, windows: NDArray[np.uint8]) -> NDArray[np.int32]:
+            before = windows.copy()
+            time.sleep(0.02)  # all buffers of the stream are filled again meanwhile, if they can be
+            assert (windows == before).all()
+            told.append(len(windows))
+            return super().maps(windows)
+
+    slide = ArraySlide(coded(**truth), slide_id="s", mpp=0.5)
+    store = SlideStore.create_or_open(tmp_path / "s.zarr", slide.info, created_by="test")
+    seen: list[tuple[int, int]] = []
+
+    def on_windows(done: int, total: int) -> None:
+        # One batch ahead, and no more: memory is bounded.
+        seen.append((done, sum(told)))
+        assert total == 48
+
+    plan = replace(make_plan(slide, Slow(), 64), cell_expansion_um=None)
+    for name in plan.names:
+        store.begin_objects(name, {"of": name}, regions="64")
+    report = segment_regions(slide, store, plan, threads=2, on_windows=on_windows)
+    merge_layers(store, plan, {name: {"of": name} for name in plan.names}, {"mpp": (0.5, 0.5)})
+    assert [done for done, _ in seen] == list(range(4, 49, 4))
+    assert all(done <= mapped <= done + 4 for done, mapped in seen)
+    assert report.model_s >= 12 * 0.02
+    assert everything(store) == {layer: of for layer, of in everything(whole).items() if layer != "cells"}
 
 
 def test_regions_that_are_there_are_not_done_again(

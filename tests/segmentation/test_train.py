@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pathopipe.errors import UsageError
 from pathopipe.segmentation import train
+from pathopipe.segmentation.examples import Example
 from pathopipe.segmentation.network import SegmentationNetwork, load_network
 from pathopipe.segmentation.settings import SegmenterSettings, read_settings
 from pathopipe.segmentation.train import NotFiniteLossError, Trained, train_segmenter
@@ -524,13 +526,164 @@ def test_the_kept_network_is_a_running_mean(data: Path, tmp_path: Path) -> None:
 
 
 def test_learning_rates_rise_and_fall() -> None:
-    said = settings_of(steps=100, warmup_steps=10, learning_rate=1.0).train
-    rates = [train._learning_rate(step, said) for step in range(100)]
+    rates = [train._learning_rate(step, 100, 10, 1.0) for step in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.505)
     assert 0.01 <= rates[99] < 0.02
     assert (np.diff(rates[10:]) < 0).all()
+
+
+# Tissue types alone
+
+
+BOTH: dict[str, Any] = {"tasks": (NUCLEI, TISSUES), "datasets": (DISCS, TILES), "steps": 4, "teach_from": 2}
+
+
+@pytest.fixture(scope="module")
+def with_tissue_steps(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+    """Four steps of everything, then five for tissue types alone."""
+    out = tmp_path_factory.mktemp("tissue")
+    return out, train_segmenter(settings_of(**BOTH, tissue_steps=5), out, data=data)
+
+
+def test_steps_for_tissue_types_change_nothing_else(
+    with_tissue_steps: tuple[Path, Trained], data: Path, tmp_path: Path
+) -> None:
+    """To the bit, statistics of batch norms too; and a training that ended without them goes on to the same file."""
+    expected, ended = with_tissue_steps
+    before = train_segmenter(settings_of(**BOTH), tmp_path, data=data)
+    assert (before.steps, before.tissue_steps) == (4, 0)
+    old, old_rows = load_file(before.weights), rows(tmp_path)
+    taken: list[tuple[int, int]] = []
+    after = train_segmenter(
+        settings_of(**BOTH, tissue_steps=5),
+        tmp_path,
+        data=data,
+        on_step=lambda step, steps, loss: taken.append((step, steps)),
+    )
+    assert taken == [(step, 9) for step in range(5, 10)]
+    assert (after.step, after.steps, after.tissue_steps, after.stopped_early) == (before.step, 4, 5, False)
+    new = load_file(after.weights)
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {name for name in old if name.startswith("decoders.tissue_types.")}
+    assert rows(tmp_path)[:-1] == old_rows
+    assert rows(tmp_path)[-1]["step"] == 9
+    assert rows(tmp_path)[-1]["scores"] == after.scores.flat()
+    assert set(after.scores.by_task) == {"nuclei", "tissue_types"}
+    assert after.weights.read_bytes() == (expected / "weights.safetensors").read_bytes()
+    assert ended.scores == after.scores
+
+
+@pytest.mark.parametrize("step", [5, 7, 9])
+def test_killed_steps_for_tissue_types_go_on_to_the_same_weights(
+    step: int, with_tissue_steps: tuple[Path, Trained], data: Path, tmp_path: Path
+) -> None:
+    """At the first of them, between checkpoints, and after the last."""
+    whole, expected = with_tissue_steps
+    settings = settings_of(**BOTH, tissue_steps=5)
+    with pytest.raises(Killed):
+        train_segmenter(settings, tmp_path, data=data, on_step=kill_at(step))
+    again: list[int] = []
+    ended = train_segmenter(settings, tmp_path, data=data, on_step=lambda step, steps, loss: again.append(step))
+    assert again == list(range(step, 10))
+    assert (tmp_path / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+    assert (ended.scores, ended.tissue_steps) == (expected.scores, 5)
+    assert rows(tmp_path) == rows(whole)
+    # It stays ended.
+    train_segmenter(settings, tmp_path, data=data, on_step=kill_at(10))
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_a_kill_between_weights_and_checkpoint_does_no_harm(
+    with_tissue_steps: tuple[Path, Trained], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head that was written must not be learnt from again."""
+    whole, _ = with_tissue_steps
+    settings = settings_of(**BOTH, tissue_steps=5)
+    good = train.write_checkpoint
+
+    def torn(*args: Any) -> None:
+        if args[-1].tissue_step == 5:
+            raise Killed
+        good(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "write_checkpoint", torn)
+        with pytest.raises(Killed):
+            train_segmenter(settings, tmp_path, data=data)
+    assert (tmp_path / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+    train_segmenter(settings, tmp_path, data=data)
+    assert (tmp_path / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+    assert rows(tmp_path) == rows(whole)
+
+
+@pytest.mark.parametrize("other", [0, 6])
+def test_another_number_of_steps_for_tissue_types_is_refused(
+    other: int, with_tissue_steps: tuple[Path, Trained], data: Path, tmp_path: Path
+) -> None:
+    out = copied(with_tissue_steps[0], tmp_path)
+    with pytest.raises(UsageError, match="holds a training with other settings"):
+        train_segmenter(settings_of(**BOTH, tissue_steps=other), out, data=data)
+
+
+def test_steps_for_tissue_types_teach_their_head(data: Path, tmp_path: Path) -> None:
+    """Before them no tile was seen, and pink and white look alike to the head."""
+    said = {**BOTH, "datasets": ({**DISCS, "share": 1}, {**TILES, "share": 1e-9}), "holdout": 0, "steps": 2, "ema": 0.9}
+    losses: list[float] = []
+    ended = train_segmenter(
+        settings_of(**said, tissue_steps=30),
+        tmp_path,
+        data=data,
+        on_step=lambda step, steps, loss: losses.append(loss),
+    )
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[2:5])
+    network = load_network(ended.weights)
+    for label, kind in enumerate(("fat", "stroma")):
+        rgb = np.asarray(Image.open(data / "tiles" / kind / f"{kind}0.png"))
+        with torch.inference_mode():
+            share = network(torch.from_numpy(rgb[None].copy()).permute(0, 3, 1, 2))["tissue_types"].softmax(1)
+        assert share[0, label].mean() > 0.7, kind
+
+
+def test_labels_count_by_the_root_of_their_sources(data: Path) -> None:
+    """Images that tell no tissue type are left out; those labelled by pixel are one pool."""
+
+    def example(name: str, source: str, kinds: set[int] | None, *, by_pixel: bool = False) -> Example:
+        return Example(
+            dataset=name,
+            name=source,
+            source=source,
+            rgb=np.zeros((8, 8, 3), np.uint8),
+            mpp=0.5,
+            labels={},
+            classes={},
+            ignore={},
+            tissue_types=None if kinds is None else frozenset(kinds),
+            tissue_map=np.zeros((8, 8), np.uint8) if by_pixel else None,
+        )
+
+    examples = [
+        *(example("tiles", f"a{at // 2}", {0}) for at in range(8)),
+        example("tiles", "b", {1}),
+        example("tiles", "c", None),
+        *(example("discs", f"d{at}", None, by_pixel=True) for at in range(9)),
+    ]
+    settings = settings_of(**BOTH)
+    pools = train._tissue_pools(settings, examples)
+    assert [(pool.name, pool.share, len(pool.examples)) for pool in pools] == [
+        ("discs", 3.0, 9),
+        ("tiles", 2.0, 8),
+        ("tiles", 1.0, 1),
+    ]
+    assert train._tissue_pools(settings_of(), examples) == []
+
+
+def test_steps_for_tissue_types_need_such_labels(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"train\.tissue_steps: no image to learn from tells tissue types"):
+        train_segmenter(settings_of(tissue_steps=3), tmp_path, data=data)
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 # Settings

@@ -103,7 +103,10 @@ def test_a_plain_zarr_reader_finds_everything(store: SlideStore) -> None:
     assert group["vertices_l0"][ring[0] : ring[1]].shape == (5, 2)
 
 
-def test_a_layer_that_fails_while_it_is_written_leaves_the_old_one_or_none(store: SlideStore) -> None:
+def test_a_layer_that_fails_while_it_is_written_leaves_the_old_one_or_none(
+    store: SlideStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects_module, "_CHUNK_ROWS", 4)  # some of it is written
 
     def torn() -> Iterator[ObjectTable]:
         yield table_of(0, 5)
