@@ -35,6 +35,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from pathopipe.cluster import keep_freed_memory
 from pathopipe.config import TissueConfig
 from pathopipe.geojson import stable_ids
 from pathopipe.geometry import Outlines, outlines_to_shapes
@@ -156,6 +157,7 @@ def network(
     header = (*header, "blend, objects s", "merge s", "objects", "peak MB")
     print("".join(f"{name:>18}" for name in header))
     model.maps(pixels[: model.batch_size])  # the first call plans its convolutions
+    keep_freed_memory()  # as the command does
     for number in range(rounds):
         started, cpu_started = time.perf_counter(), time.process_time()
         for first in range(0, len(pixels), model.batch_size):

@@ -62,7 +62,7 @@ def segment(
     slide in QuPath. Other forms: pathopipe export. Pictures to judge them by: OUT/thumbnails. docs/segmentation.md
     """
     from pathopipe.cli.stages import slide_ref
-    from pathopipe.cluster import check_writable, usable_cores
+    from pathopipe.cluster import check_writable, keep_freed_memory, usable_cores
     from pathopipe.pipeline import RunPlan
 
     overrides = list(settings or ())
@@ -77,6 +77,7 @@ def segment(
     settled = read_config(config, overrides, mpp=mpp)
     ref = slide_ref(slide, slide_id)
     check_writable(out)
+    keep_freed_memory()
     segment_and_tell(
         ref, RunPlan(out=out, config=settled, threads=threads or usable_cores()), fresh=fresh, geojson=geojson
     )

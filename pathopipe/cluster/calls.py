@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pathopipe.cluster.fitness import keep_freed_memory
+from pathopipe.cluster.memory import keep_freed_memory
 from pathopipe.cluster.placement import Place
 
 __all__ = ["spread_calls"]

@@ -1,7 +1,6 @@
 """Whether a worker can do the work: the same software, and the same files under the same names."""
 
 import contextlib
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -15,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pathopipe
+from pathopipe.cluster.memory import keep_freed_memory
 from pathopipe.cluster.placement import usable_cores
 from pathopipe.files import durable_file
 from pathopipe.records import SlideRef
 
-__all__ = ["Terms", "Unfit", "Worker", "attempt", "describe", "keep_freed_memory", "shared_terms"]
+__all__ = ["Terms", "Unfit", "Worker", "attempt", "describe", "shared_terms"]
 
 _SLIDES_LOOKED_FOR = 5
 # What is killed first when memory runs out: 0 is an ordinary process, 1000 the first to go.
 _OOM_SCORE = "300"
-# Numbers of options of mallopt(3), and where glibc's own adjustment of them ends.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MMAP_THRESHOLD_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,17 +145,6 @@ def attempt(terms: Terms, work: Callable[..., Any], *arguments: Any) -> Any:
             return work(*arguments)
         except Exception as error:
             return _with_its_traceback(error)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library use freed memory again; Dask starts workers so that it goes back to the system at once.
-
-    Images come and go: giving their pages back and asking for them anew took a third more processor time a slide.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD_BYTES)
 
 
 def _with_its_traceback(error: Exception) -> Exception:
