@@ -5,7 +5,8 @@
 Every slide is read in two ways: tiles of 256 px at the resolution of level 0, and tiles at half of it made from level 0
 alone. Unit is the decoding of exactly the JPEG tiles that are needed, each once and whole, with libjpeg-turbo through
 imagecodecs, from bytes at hand into the same memory again and again, which lies where the decoder is fastest (at a
-multiple of 32 bytes it takes up to 40 % longer). All roads take turns in one process, and the table has the median of
+multiple of 32 bytes it takes up to 40 % longer). What two threads gain is compared with what they gain when they do
+nothing but decode. All roads take turns in one process, and the table has the median of
 their ratios round by round, so that other load hits them alike; CPU times come in ms a tile. Memory is the growth of
 the process while it reads the whole grid, read in a process of its own. ``--difference`` compares the pixels and the
 handcrafted embeddings of tiles made by reduced decoding with those of an area filter.
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -125,14 +127,19 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def decoding(streams: list[tuple[bytes, bytes | None]]) -> Road:
-    buffer = empty_pixels(imagecodecs.jpeg8_decode(streams[0][0], tables=streams[0][1]).shape)
+def decoding(streams: list[tuple[bytes, bytes | None]], threads: int) -> Road:
+    shape = imagecodecs.jpeg8_decode(streams[0][0], tables=streams[0][1]).shape
+    buffers = [empty_pixels(shape) for _ in range(threads)]
 
-    def work() -> None:
-        for stream, tables in streams:
-            imagecodecs.jpeg8_decode(stream, tables=tables, out=buffer)
+    def work(number: int) -> None:
+        for stream, tables in streams[number::threads]:
+            imagecodecs.jpeg8_decode(stream, tables=tables, out=buffers[number])
 
-    return lambda: timed(work)
+    def road() -> tuple[float, float]:
+        with ThreadPoolExecutor(threads) as pool:
+            return timed(lambda: [None for _ in pool.map(work, range(threads))] and None)
+
+    return road
 
 
 def streaming(path: Path, grid: TileGrid, threads: int) -> Road:
@@ -178,7 +185,7 @@ def measure_slide(path: Path, rounds: int, n_tiles: int) -> None:
     for title, grids in (("native", {"native": native}), ("2x finer", {"dct": dct, "area": area})):
         grid = next(iter(grids.values()))
         streams = needed_streams(path, grid)
-        roads = {"decode whole, each once": decoding(streams)}
+        roads = {f"decode whole, threads={threads}": decoding(streams, threads) for threads in (1, 2)}
         for name, one in grids.items():
             for threads in (1, 2):
                 roads[f"pathopipe {name}, threads={threads}"] = streaming(path, one, threads)

@@ -172,6 +172,10 @@ def _begin(whole: Path, size: int, limit_bytes: int) -> BinaryIO | Literal["busy
         if not _lock(file, wait=False):
             file.close()
             return "busy"
+        if whole.exists():  # finished since it was looked for; what was opened is it, or a new file
+            partial.unlink(missing_ok=True)
+            file.close()
+            return "there"
         if _make_room(whole.parent, limit_bytes - size, but=partial.name):
             return file
         if not os.fstat(file.fileno()).st_size:

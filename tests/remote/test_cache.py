@@ -7,7 +7,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -61,6 +61,26 @@ def test_a_copy_is_the_object_and_is_downloaded_once(
             assert copy.read_bytes() == data
             assert copy.suffix == ".svs"
     assert sorted(reads) == list(range(0, size, PART))
+
+
+def test_a_copy_that_is_finished_this_very_moment_is_not_downloaded_again(
+    bucket: RemotePath, tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(bucket / "a.svs", 3 * PART)
+    lock, finished = cache._lock, []
+
+    def late(file: BinaryIO, **how: bool) -> bool:
+        if Path(file.name).suffix == cache._PARTIAL and not finished:
+            finished.append(Path(file.name.removesuffix(cache._PARTIAL)))
+            finished[0].write_bytes(data)  # another process was that quick
+        return lock(file, **how)
+
+    monkeypatch.setattr(cache, "_lock", late)
+    with cached(bucket / "a.svs", tmp_path, LIMIT) as copy:
+        assert copy == finished[0]
+        assert copy.read_bytes() == data
+    assert reads == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", copy.name]
 
 
 def test_a_download_that_broke_off_goes_on_where_it_stopped(
