@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from pathopipe.errors import TileReadError
 from pathopipe.geometry import Outlines, Region, take_outlines
-from pathopipe.records import ObjectTable
 from pathopipe.slide.base import Slide
 from pathopipe.slide.resolution import require_mpp
 from pathopipe.store import ObjectArray, SlideStore
@@ -43,20 +42,25 @@ class _Layer:
     def __init__(self, array: ObjectArray) -> None:
         self.array = array
         self.centroid_l0: NDArray[np.float64] = array.column("centroid_l0")
+        self.class_id: NDArray[np.integer] = array.column("class_id")
+        self._all = array.outlines() if array.layer in _LARGE else None
         self.thickness_px = 2 if array.layer in _LARGE else 1
         # What was grown from other objects stands back behind them.
         paleness = 0.5 if array.parent_layer == "nuclei" else 0.0
         self.colors = [tuple(round(c + (255 - c) * paleness) for c in each.color) for each in array.classes]
 
-    def near(self, corner_l0: NDArray[np.float64], side_l0: NDArray[np.float64]) -> ObjectTable:
-        """Consecutive rows that hold all objects that reach into a field."""
-        if self.array.layer in _LARGE:
-            return self.array.read()
+    def near(
+        self, corner_l0: NDArray[np.float64], side_l0: NDArray[np.float64]
+    ) -> tuple[Outlines, NDArray[np.integer]]:
+        """Outlines and classes of consecutive objects, among them all that reach into a field."""
+        if self._all is not None:
+            return self._all, self.class_id
         # Rows are sorted by y, so those near the field are consecutive; half a field is more than any nucleus is long.
         first, last = np.searchsorted(
             self.centroid_l0[:, 1], [corner_l0[1] - side_l0[1] / 2, corner_l0[1] + 1.5 * side_l0[1]]
         ).tolist()
-        return self.array.read(slice(first, min(last, first + _MOST_A_FIELD)))
+        rows = slice(first, min(last, first + _MOST_A_FIELD))
+        return self.array.outlines(rows), self.class_id[rows]
 
 
 def draw_objects(slide: Slide, store: SlideStore, layers: Sequence[str]) -> NDArray[np.uint8] | None:
@@ -136,7 +140,7 @@ def _telling_fields(layers: dict[str, _Layer], side_l0: tuple[int, int]) -> list
     n_kinds = 0
     for layer in layers.values():
         places.append(np.floor(layer.centroid_l0 / side_l0).astype(np.int64))
-        kinds.append(layer.array.column("class_id").astype(np.int64) + n_kinds)
+        kinds.append(layer.class_id.astype(np.int64) + n_kinds)
         n_kinds += len(layer.array.classes)
     if not sum(map(len, places)):
         return []
@@ -205,17 +209,17 @@ def _outlines_in(
     layer: _Layer, corner: NDArray[np.float64], side: NDArray[np.float64]
 ) -> Iterator[tuple[tuple[int, ...], list[NDArray[np.float32]]]]:
     """Colour and rings of each object of a layer that reaches into a field."""
-    table = layer.near(corner, side)
-    if not len(table):
+    outlines, class_id = layer.near(corner, side)
+    if not len(class_id):
         return
-    starts = _vertex_bounds(table.outlines)
+    starts = _vertex_bounds(outlines)
     has_outline = np.flatnonzero(np.diff(starts))
-    low = np.minimum.reduceat(table.outlines.vertices_l0, starts[has_outline])
-    high = np.maximum.reduceat(table.outlines.vertices_l0, starts[has_outline])
+    low = np.minimum.reduceat(outlines.vertices_l0, starts[has_outline])
+    high = np.maximum.reduceat(outlines.vertices_l0, starts[has_outline])
     reaches_in = ((low < corner + side) & (high > corner)).all(axis=1)
     rows = has_outline[reaches_in]
-    for rings, class_id in zip(_rings(take_outlines(table.outlines, rows)), table.class_id[rows].tolist(), strict=True):
-        yield layer.colors[class_id], rings
+    for rings, number in zip(_rings(take_outlines(outlines, rows)), class_id[rows].tolist(), strict=True):
+        yield layer.colors[number], rings
 
 
 def _vertex_bounds(outlines: Outlines) -> NDArray[np.int64]:

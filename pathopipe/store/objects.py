@@ -125,19 +125,19 @@ class ObjectArray:
         except ValueError as error:
             raise StoreError(f"{self._slide_id}: {self._group}/{name} can't be read ({error}); {_MEND}") from None
 
+    def outlines(self, rows: slice = slice(None)) -> Outlines:
+        """Outlines of some consecutive rows, or of all."""
+        here = self._consecutive(rows)
+        offsets = []
+        for name in ("object_offsets", "polygon_offsets", "ring_offsets"):
+            offset = self.column(name, slice(here.start, here.stop + 1))
+            offsets.append(offset - offset[0])
+            here = slice(int(offset[0]), int(offset[-1]))
+        return Outlines(self.column("vertices_l0", here), *reversed(offsets))
+
     def read(self, rows: slice = slice(None)) -> ObjectTable:
         """Some consecutive rows, or all."""
-        start, stop, step = rows.indices(len(self))
-        if step != 1:
-            raise ValueError("objects are read in consecutive rows")
-        stop = max(start, stop)
-        offsets = {}
-        first, last = start, stop
-        for name in ("object_offsets", "polygon_offsets", "ring_offsets"):
-            offset = self.column(name, slice(first, last + 1))
-            offsets[name] = offset - offset[0]
-            first, last = int(offset[0]), int(offset[-1])
-        here = slice(start, stop)
+        here = self._consecutive(rows)
         return ObjectTable(
             classes=self.classes,
             measurement_names=self.measurement_names,
@@ -145,11 +145,17 @@ class ObjectArray:
             class_id=self.column("class_id", here),
             class_probability=self.column("class_probability", here),
             measurements=self.column("measurements", here),
-            outlines=Outlines(self.column("vertices_l0", slice(first, last)), *reversed(offsets.values())),
+            outlines=self.outlines(here),
             id=self.column("id", here),
             parent=self.column("parent", here),
             parent_layer=self.parent_layer,
         )
+
+    def _consecutive(self, rows: slice) -> slice:
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError("objects are read in consecutive rows")
+        return slice(start, max(start, stop))
 
     def batches(self, rows: int = _BATCH_ROWS) -> Iterator[ObjectTable]:
         """All objects, ``rows`` at a time; nothing where there are none."""
