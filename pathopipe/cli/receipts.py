@@ -78,6 +78,10 @@ def recorded(command: Callable[..., None]) -> Callable[..., None]:
             command(**arguments)
             return
         slide = arguments.get("slide")
+        if "slides" in arguments:
+            slide, *others = arguments["slides"]
+            if others:
+                raise typer.BadParameter("--receipt tells of one slide; give one")
 
         def work() -> None:
             from pathopipe.errors import SlideOpenError

@@ -1,23 +1,46 @@
-"""``pathopipe segment``: the objects of one slide, and the files that QuPath opens."""
+"""``pathopipe segment``: the objects of slides, and the files that QuPath opens."""
 
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathopipe.cli.options import ConfigFile, Device, Mpp, OutPlace, Settings, SlideFile, SlideId, read_config
+from pathopipe.cli.options import (
+    ConfigFile,
+    Device,
+    Location,
+    Mpp,
+    OutPlace,
+    Settings,
+    SlideId,
+    parse_place,
+    read_config,
+)
+from pathopipe.cli.progress import format_table
 
 if TYPE_CHECKING:
+    from pathopipe.cluster import Attempt
     from pathopipe.pipeline import RunPlan
-    from pathopipe.pipeline.segment import SegmentOutcome
+    from pathopipe.pipeline.segment import Finder, SegmentOutcome
     from pathopipe.records import SlideRef
 
 __all__ = ["segment", "segment_and_tell"]
 
+_LONGEST_TABLE = 60
+
 
 def segment(
-    slide: SlideFile,
+    slides: Annotated[
+        list[Location],
+        typer.Argument(
+            parser=parse_place,
+            metavar="SLIDE|FOLDER|MANIFEST.csv",
+            help="Slides, folders of slides, manifests; slides may be URLs.",
+        ),
+    ],
     out: OutPlace,
     tasks: Annotated[
         str | None,
@@ -48,19 +71,23 @@ def segment(
     config: ConfigFile = None,
     settings: Settings = None,
 ) -> None:
-    """Find the objects of one slide, or go on where it was stopped: outlines, measurements, files for QuPath.
+    """Find the objects of slides, or go on where that was stopped: outlines, measurements, files for QuPath.
 
     \b
     Examples:
       pathopipe segment slide.svs --out results
+      pathopipe segment slides/ --out results
       pathopipe segment slide.svs --out results --tasks nuclei,cells --model classical
-      pathopipe segment slide.svs --out results --weights mine.safetensors --device cuda
+      pathopipe segment cohort.csv --out results --weights mine.safetensors --device cuda
       pathopipe segment slide.svs --out results --tasks cells --set segment.cell_expansion_um=3 --fresh
       pathopipe segment crop.tif --out results --mpp 0.25 --set tissue.min_region_mm2=0
 
     Objects go to OUT/slides/<slide_id>.zarr, layer by layer; drag OUT/geojson/<slide_id>.nuclei.geojson onto the
     slide in QuPath. Other forms: pathopipe export. Pictures to judge them by: OUT/thumbnails. docs/segmentation.md
+    Several slides are done one after the other; one that fails does not stop the rest.
+    Exit code: 0 all done, 1 some slide failed, 2 wrong use, 130 interrupted.
     """
+    from pathopipe.cli.run import gather
     from pathopipe.cli.stages import slide_ref
     from pathopipe.cluster import check_writable, keep_freed_memory, usable_cores
     from pathopipe.pipeline import RunPlan
@@ -75,23 +102,23 @@ def segment(
     if device is not None:
         overrides.append(f"segment.device={device.value}")
     settled = read_config(config, overrides, mpp=mpp)
-    ref = slide_ref(slide, slide_id)
+    if slide_id is not None and len(slides) > 1:
+        raise typer.BadParameter("--slide-id names one slide; slides of a manifest have their ids there")
+    refs = [slide_ref(slides[0], slide_id)] if slide_id is not None else gather(slides, allow_missing=False)
     check_writable(out)
     keep_freed_memory()
-    segment_and_tell(
-        ref, RunPlan(out=out, config=settled, threads=threads or usable_cores()), fresh=fresh, geojson=geojson
-    )
+    plan = RunPlan(out=out, config=settled, threads=threads or usable_cores())
+    if len(refs) == 1:
+        segment_and_tell(refs[0], plan, fresh=fresh, geojson=geojson)
+    elif not _segment_each(refs, plan, fresh=fresh, geojson=geojson):
+        raise typer.Exit(1)
 
 
 def segment_and_tell(ref: "SlideRef", plan: "RunPlan", *, fresh: bool, geojson: bool) -> None:
     """Segment one slide with progress on stderr; print what was found and where it is."""
-    from pathopipe.cli.progress import WindowProgress
-    from pathopipe.export.objects import export_layers
-    from pathopipe.pipeline.segment import fields_picture_path, objects_picture_path, segment_slide
-    from pathopipe.store import SlideStore, store_path
+    from pathopipe.pipeline.segment import fields_picture_path, objects_picture_path, open_finder
 
-    with WindowProgress(ref.slide_id) as progress:
-        outcome = segment_slide(ref, plan, fresh=fresh, on_windows=progress.on_windows)
+    outcome = _segment(ref, plan, open_finder(plan), fresh=fresh)
     for line in _describe(outcome):
         print(line)
     for picture in (objects_picture_path(plan.out, ref.slide_id), fields_picture_path(plan.out, ref.slide_id)):
@@ -101,10 +128,77 @@ def segment_and_tell(ref: "SlideRef", plan: "RunPlan", *, fresh: bool, geojson: 
         print(f"tissue types of tiles: {table}")
     if geojson:
         started = time.perf_counter()
-        store = SlideStore.open(store_path(plan.out, ref.slide_id))
-        for path in export_layers(store, plan.out / "geojson", layers=tuple(outcome.objects)):
+        for path in _write_geojson(plan, outcome):
             print(f"for QuPath: {path}")
         print(f"written in {time.perf_counter() - started:.1f} s")
+
+
+def _segment_each(refs: "Sequence[SlideRef]", plan: "RunPlan", *, fresh: bool, geojson: bool) -> bool:
+    """Segment slide after slide with one model, tell of each on stderr and of all at the end; True if all is done."""
+    from pathopipe.cluster import attempt_each
+    from pathopipe.pipeline.segment import open_finder
+
+    finder = open_finder(plan)
+
+    def work(ref: "SlideRef") -> "SegmentOutcome":
+        outcome = _segment(ref, plan, finder, fresh=fresh)
+        if geojson:
+            _write_geojson(plan, outcome)
+        return outcome
+
+    attempts: list[Attempt[SegmentOutcome]] = []
+    notes: dict[str, None] = {}
+    for attempt in attempt_each(refs, plan.out, work, on_note=_tell):
+        attempts.append(attempt)
+        told = f"{attempt.ref.slide_id}: FAILED after {attempt.seconds:.1f} s: {attempt.reason}"
+        if attempt.result is not None:
+            first, *_ = _describe(attempt.result)
+            told = " · ".join([first, *(f"note: {problem}" for problem in attempt.result.problems)])
+            notes.update(dict.fromkeys(attempt.result.notes))
+        _tell(f"[{len(attempts)}/{len(refs)}] {told}")
+    _print_table(attempts)
+    for note in notes:
+        print(f"note: {note}")
+    failed = [attempt.reason for attempt in attempts if attempt.result is None]
+    print(f"{len(refs) - len(failed)} of {len(refs)} slides done; results in {plan.out}")
+    for reason in failed:
+        print(f"failed: {reason}")
+    return not failed
+
+
+def _segment(ref: "SlideRef", plan: "RunPlan", finder: "Finder", *, fresh: bool) -> "SegmentOutcome":
+    from pathopipe.cli.progress import WindowProgress
+    from pathopipe.pipeline.segment import segment_slide
+
+    with WindowProgress(ref.slide_id) as progress:
+        return segment_slide(ref, plan, finder=finder, fresh=fresh, on_windows=progress.on_windows)
+
+
+def _write_geojson(plan: "RunPlan", outcome: "SegmentOutcome") -> list[Path]:
+    from pathopipe.export.objects import export_layers
+    from pathopipe.store import SlideStore, store_path
+
+    store = SlideStore.open(store_path(plan.out, outcome.slide_id))
+    return list(export_layers(store, plan.out / "geojson", layers=tuple(outcome.objects)))
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_table(attempts: "Sequence[Attempt[SegmentOutcome]]") -> None:
+    layers = list(dict.fromkeys(layer for attempt in attempts if attempt.result for layer in attempt.result.objects))
+    rows = []
+    for attempt in attempts:
+        outcome = attempt.result
+        if outcome is None:
+            rows.append((attempt.ref.slide_id, "failed", *[""] * (len(layers) + 1), f"{attempt.seconds:.1f}", ""))
+        elif len(attempts) <= _LONGEST_TABLE:
+            counts = [str(outcome.objects.get(layer, "")) for layer in layers]
+            area, seconds = f"{outcome.tissue_mm2:.2f}", f"{attempt.seconds:.1f}"
+            rows.append((outcome.slide_id, "done", area, *counts, seconds, " ".join(outcome.flags)))
+    if rows:
+        print(format_table(("slide", "status", "tissue mm2", *layers, "seconds", "flags"), rows))
 
 
 def _describe(outcome: "SegmentOutcome") -> list[str]:

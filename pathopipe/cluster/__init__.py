@@ -1,5 +1,6 @@
 """Runs slides in this process, or over Dask workers that share out the chunks of every slide; and calls of any kind."""
 
+from pathopipe.cluster.attempts import Attempt, attempt_each
 from pathopipe.cluster.calls import spread_calls
 from pathopipe.cluster.cohort import run_cohort
 from pathopipe.cluster.memory import keep_freed_memory
@@ -8,9 +9,11 @@ from pathopipe.cluster.placement import Limits, Place, auto_workers, find_gpus, 
 from pathopipe.cluster.settings import ClusterSettings, load_cluster_settings
 
 __all__ = [
+    "Attempt",
     "ClusterSettings",
     "Limits",
     "Place",
+    "attempt_each",
     "auto_workers",
     "check_writable",
     "find_gpus",

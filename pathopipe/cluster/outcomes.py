@@ -9,7 +9,7 @@ from pathopipe.pipeline import RunPlan, SlideOutcome
 from pathopipe.records import SlideRef
 from pathopipe.remote import RemotePath, check_rights
 
-__all__ = ["check_writable", "failed"]
+__all__ = ["check_writable", "failed", "reason_of"]
 
 
 def check_writable(out: Path) -> None:
@@ -45,23 +45,32 @@ def check_writable(out: Path) -> None:
 
 
 def failed(ref: SlideRef, plan: RunPlan, error: Exception, seconds: float) -> SlideOutcome:
-    """The outcome of a slide that an error ended; one that is a bug is written to ``logs/<slide_id>.txt``.
+    """The outcome of a slide that an error ended; see :func:`reason_of`.
+
+    Raises:
+        StoreWriteError: The output folder takes no files any more.
+    """
+    return SlideOutcome(
+        slide_id=ref.slide_id,
+        status="failed",
+        reason=reason_of(ref, plan.out, error),
+        refused=isinstance(error, StoreChangedError | StoreBusyError),
+        seconds=seconds,
+    )
+
+
+def reason_of(ref: SlideRef, out: Path, error: Exception) -> str:
+    """What a user is told of an error that ended a slide; that of a bug is written to ``logs/<slide_id>.txt``, too.
 
     Raises:
         StoreWriteError: The output folder takes no files any more.
     """
     if isinstance(error, StoreWriteError):
-        check_writable(plan.out)  # a full disk fails every slide behind this one: say so once, now
+        check_writable(out)  # a full disk fails every slide behind this one: say so once, now
     reason = str(error)
     if not isinstance(error, PathopipeError):
-        log = plan.out / "logs" / f"{ref.slide_id}.txt"
+        log = out / "logs" / f"{ref.slide_id}.txt"
         with durable_file(log) as file:
             file.write("".join(traceback.format_exception(error)).encode())
         reason = f"{ref.slide_id}: unexpected {type(error).__name__} ({error}); the traceback is in {log}"
-    return SlideOutcome(
-        slide_id=ref.slide_id,
-        status="failed",
-        reason=" ".join(reason.split()),
-        refused=isinstance(error, StoreChangedError | StoreBusyError),
-        seconds=seconds,
-    )
+    return " ".join(reason.split())

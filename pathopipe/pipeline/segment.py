@@ -24,7 +24,15 @@ from pathopipe.store import SlideStore, digest, store_path
 from pathopipe.store.claims import claimed
 from pathopipe.tiles.grid import plan_windows
 
-__all__ = ["SegmentOutcome", "fields_picture_path", "objects_picture_path", "segment_slide", "tile_types_path"]
+__all__ = [
+    "Finder",
+    "SegmentOutcome",
+    "fields_picture_path",
+    "objects_picture_path",
+    "open_finder",
+    "segment_slide",
+    "tile_types_path",
+]
 
 _SHIPPED_NOTE = (
     "the shipped weights are a starting point: look at the pictures; docs/segmentation.md says how to train your own "
@@ -56,6 +64,28 @@ class SegmentOutcome:
     """Tables of tissue types by tile that were written."""
 
 
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """A model, and what to say of it."""
+
+    model: Model
+    about: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    only: Callable[[Collection[str]], Model] | None = None
+    """Leaves out what some layers don't need."""
+
+
+def open_finder(plan: RunPlan) -> Finder:
+    """The model that ``config.segment`` asks for, which finds every layer that it asks for.
+
+    Raises:
+        UsageError: It does not, its weights can't be used, or its device is not there.
+    """
+    finder = Finder(ClassicalNuclei()) if plan.config.segment.model == "classical" else _open_network(plan)
+    _settle_tasks(plan.config, finder.model)
+    return finder
+
+
 def objects_picture_path(out: Path, slide_id: str) -> Path:
     """Where the picture of a slide's objects goes."""
     return out / "thumbnails" / f"{slide_id}.objects.png"
@@ -75,6 +105,7 @@ def segment_slide(
     ref: SlideRef,
     plan: RunPlan,
     *,
+    finder: Finder | None = None,
     fresh: bool = False,
     on_windows: Callable[[int, int], None] = lambda done, total: None,
 ) -> SegmentOutcome:
@@ -83,6 +114,7 @@ def segment_slide(
     Args:
         ref: The slide.
         plan: ``config.segment`` says what to find; its ``stages``, ``fresh`` and ``retry_bad`` are of other stages.
+        finder: From :func:`open_finder` with the same plan, for slide after slide; opened here where None.
         fresh: Forget the layers concerned first.
         on_windows: Told of windows done and windows in all.
 
@@ -93,8 +125,7 @@ def segment_slide(
     """
     started = time.perf_counter()
     config = plan.config
-    finder = _open_finder(plan)
-    _settle_tasks(config, finder.model)  # before anything is computed
+    finder = finder if finder is not None else open_finder(plan)
     lock = SlideStore(store_path(plan.out, ref.slide_id)).writing_objects()
     with opened(ref, config) as slide, lock:
         # Tissue is the ground of `run` as well; only one of the two may be at it.
@@ -153,23 +184,10 @@ def segment_slide(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Finder:
-    """A model, and what to say of it."""
-
-    model: Model
-    about: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    only: Callable[[Collection[str]], Model] | None = None
-    """Leaves out what some layers don't need."""
-
-
-def _open_finder(plan: RunPlan) -> _Finder:
-    settings = plan.config.segment
-    if settings.model == "classical":
-        return _Finder(ClassicalNuclei())
+def _open_network(plan: RunPlan) -> Finder:
     from pathopipe.segmentation.learned import open_model  # torch takes seconds, and classical nuclei don't need it
 
+    settings = plan.config.segment
     model = open_model(
         settings.weights,
         device=settings.device,
@@ -179,14 +197,14 @@ def _open_finder(plan: RunPlan) -> _Finder:
     )
     weights = settings.weights.name if settings.weights is not None else "shipped"
     notes = (_SHIPPED_NOTE,) if settings.weights is None else ()
-    return _Finder(model, {**model.about, "weights_file": weights}, notes, model.only)
+    return Finder(model, {**model.about, "weights_file": weights}, notes, model.only)
 
 
-def _for_dark_field(finder: _Finder, config: Config) -> _Finder:
+def _for_dark_field(finder: Finder, config: Config) -> Finder:
     if config.segment.weights is not None:
         return finder  # whoever trained it knows what for
     notes = (_DARK_FIELD_NOTE,) if config.segment.model == "network" else ()
-    return _Finder(ClassicalNuclei(dark_field=True), notes=notes)
+    return Finder(ClassicalNuclei(dark_field=True), notes=notes)
 
 
 def _settle_tasks(config: Config, model: Model) -> tuple[str, ...]:
@@ -204,7 +222,7 @@ def _settle_tasks(config: Config, model: Model) -> tuple[str, ...]:
     return config.segment.tasks or found
 
 
-def _narrowed(plan: Plan, finder: _Finder, pending: Collection[str]) -> Plan:
+def _narrowed(plan: Plan, finder: Finder, pending: Collection[str]) -> Plan:
     """The plan for the layers that are still to be found, with no more of the model than they need."""
     needed = {*pending, *(("nuclei",) if CELLS in pending else ())}
     model = finder.only(needed) if finder.only is not None else plan.model
