@@ -1,6 +1,7 @@
 """Merges what regions found into the layers of a slide: in centroid order, with neighbours, parents and ids."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,8 @@ __all__ = ["CELL_MEASUREMENT_NAMES", "merge_layers"]
 
 _SIDES: tuple[Side, ...] = ("left", "right", "top", "bottom")
 _ROWS = 20_000
+_RELATED = ("glands", "lumina")
+"""Joined layers whose objects lie in others, or hold some."""
 
 # A cell bears what is known of its nucleus, and of itself a few numbers only: QuPath slows with every one.
 _CELL_OWN = ("Area µm^2", "Circularity", "Haematoxylin OD mean", "Eosin OD mean", "DAB OD mean")
@@ -54,8 +57,32 @@ def merge_layers(
         inputs: What each layer was computed from, by its name.
         about: What is worth keeping beside it.
     """
-    slide_id = store.path.stem
     pending = [name for name in plan.names if store.inputs(f"objects/{name}") is None]
+    alone = [layer for layer in plan.layers if layer.joined and layer.name in pending and layer.name not in _RELATED]
+    related = [name for name in pending if name not in {layer.name for layer in alone}]
+    with ThreadPoolExecutor(1, thread_name_prefix="merge") as beside:
+        # Half of merging is waiting for the disk, and what lies in nothing and holds nothing need not wait its turn.
+        futures = [
+            beside.submit(_merge_alone, store, plan, layer, _about(about, inputs, layer.name, store)) for layer in alone
+        ]
+        _merge_related(store, plan, related, inputs, about)
+        for future in futures:
+            future.result()
+
+
+def _merge_alone(store: SlideStore, plan: Plan, layer: Layer, about: Mapping[str, Any]) -> None:
+    store.write_objects(layer.name, _Large(plan, store, layer).tables(store, store.path.stem, None), about=about)
+
+
+def _merge_related(
+    store: SlideStore,
+    plan: Plan,
+    pending: list[str],
+    inputs: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, Any],
+) -> None:
+    """Merge the layers whose objects lie in one another."""
+    slide_id = store.path.stem
     large = {layer.name: _Large(plan, store, layer) for layer in plan.layers if layer.joined and layer.name in pending}
     glands = large["glands"].shapes if "glands" in large else _stored_shapes(store, "glands")
     if glands is not None and "glands" in large:

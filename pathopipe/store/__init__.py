@@ -2,7 +2,8 @@
 
 from pathopipe.store.embeddings import EmbeddingArray
 from pathopipe.store.groups import Problem
-from pathopipe.store.objects import ObjectArray, PartTable
+from pathopipe.store.objects import ObjectArray
+from pathopipe.store.parts import PartTable
 from pathopipe.store.predictions import Predictions
 from pathopipe.store.slide_store import SCHEMA_VERSION, SlideStore, digest, store_path
 

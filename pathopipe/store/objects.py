@@ -1,9 +1,7 @@
-"""The objects of a slide in its store: parts by region while it is segmented, then one set of flat arrays a layer."""
+"""The objects of a slide in its store: one set of flat arrays a layer."""
 
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,50 +10,19 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pathopipe.errors import StoreError
-from pathopipe.files import durable_file, listing, move_tree, remove_tree
+from pathopipe.files import move_tree, remove_tree
 from pathopipe.geometry import Outlines
 from pathopipe.records import ObjectClass, ObjectTable
 from pathopipe.remote import RemotePath
 from pathopipe.store.groups import Groups, Problem
 
-__all__ = ["ObjectArray", "PartTable", "write_objects"]
+__all__ = ["ObjectArray", "write_objects"]
 
 _MEND = "find the layer anew with 'pathopipe segment --fresh', or import it again"
 _BATCH_ROWS = 20_000
 _CHUNK_ROWS = 65_536
 _CHUNK_VERTICES = 524_288
 _WRITERS = 4
-
-
-class PartTable:
-    """What single regions found: one file a region, whole or absent."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def done(self) -> set[str]:
-        """Names of the regions that are there."""
-        return {name.removesuffix(".npz") for name in listing(self._folder)[1] if name.endswith(".npz")}
-
-    def write(self, region: str, columns: Mapping[str, NDArray[Any]]) -> None:
-        """Store the arrays of one region."""
-        with durable_file(self._folder / f"{region}.npz") as file:
-            np.savez(file, allow_pickle=False, **columns)
-
-    def read(self, region: str, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """The arrays of one region, or some of them.
-
-        Raises:
-            StoreError: The file is damaged.
-        """
-        path = self._folder / f"{region}.npz"
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as columns:
-                return {name: columns[name] for name in names or columns.files}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise StoreError(
-                f"{path}: can't be read ({error}); delete this file and run the same command again"
-            ) from None
 
 
 class ObjectArray:

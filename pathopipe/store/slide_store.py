@@ -24,7 +24,8 @@ from pathopipe.records import ObjectTable, SlideInfo, TileGrid, Tissue
 from pathopipe.store.claims import one_writer
 from pathopipe.store.embeddings import EmbeddingArray
 from pathopipe.store.groups import Groups, Problem
-from pathopipe.store.objects import ObjectArray, PartTable, write_objects
+from pathopipe.store.objects import ObjectArray, write_objects
+from pathopipe.store.parts import PartTable
 from pathopipe.store.predictions import Predictions, read_predictions, write_predictions
 
 __all__ = ["SCHEMA_VERSION", "SlideStore", "digest", "store_path"]

@@ -165,15 +165,6 @@ def test_parts_outlive_a_second_begin_and_go_with_other_regions_or_inputs(store:
     assert store.layers() == []
 
 
-def test_a_damaged_part_is_named(store: SlideStore) -> None:
-    store.begin_objects("nuclei", {}, regions="a")
-    store.parts("nuclei").write("0-0", {"x": np.arange(3000)})
-    path = store.path / "objects" / "nuclei" / "parts" / "0-0.npz"
-    path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(StoreError, match=r"0-0\.npz: can't be read.*delete this file"):
-        store.parts("nuclei").read("0-0")
-
-
 @pytest.mark.parametrize("column", ["centroid_l0", "vertices_l0", "id", "ring_offsets"])
 def test_a_flipped_bit_is_found(store: SlideStore, column: str) -> None:
     store.write_objects("nuclei", [table_of(0, 50)], about={"inputs": {}})
