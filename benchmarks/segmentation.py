@@ -29,6 +29,7 @@ from pathopipe.segmentation.classical import ClassicalNuclei, find_nuclei
 from pathopipe.segmentation.examples import Example, read_datasets, split_by_source
 from pathopipe.segmentation.learned import LearnedModel, find_objects, open_model
 from pathopipe.segmentation.metrics import aji, detection, overlap, panoptic, pixels
+from pathopipe.segmentation.model import Instances
 from pathopipe.segmentation.network import default_weights, load_network
 from pathopipe.segmentation.settings import read_settings
 from pathopipe.segmentation.validate import examine
@@ -58,6 +59,10 @@ COUNTS = {
 POINTS = ("tiff/TCGA-V5-A7RE-11A-01-TS1.pyramid.tif", "TCGA-V5-A7RE-11A-01-TS1.nulite-points.geojson")
 N_FIELDS, FIELD_PX = 8, 1536
 """The fields with most points."""
+
+
+NO_GLANDS = "aperio/CMU-1-Small-Region.svs"
+SURE = 0.85
 
 
 class Image(NamedTuple):
@@ -205,25 +210,47 @@ def kept_back(data: Path) -> list[Example]:
     return split_by_source(examples, settings.train.holdout, settings.train.seed, shares=shares)[1]
 
 
-def score_glands(examples: list[Example], model: LearnedModel) -> None:
-    """Dice on images of people's masks, at the resolution that the recipe assumes and at others."""
+def score_glands(examples: list[Example], model: LearnedModel, slides: Path) -> None:
+    """Dice on images of people's masks, at the resolution that the recipe assumes and at others; and where none are."""
     own = [example for example in examples if "glands" in example.labels and example.labels["glands"].any()]
-    print("\n| glands, kept back | images | patients | as if um/px | Dice | mean of images |\n" + "| --- " * 6 + "|")
+    print(
+        f"\n| glands, kept back | images | patients | as if um/px | Dice | mean of images | Dice of sure ones |\n"
+        f"{'| --- ' * 7}|"
+    )
     for factor in (0.5, 0.75, 1.0, 1.3):
-        both = each = 0
-        of_image = []
-        for example in own:
-            found = find_objects(example.rgb, example.mpp * factor, model)["glands"].labels > 0
-            truth = example.labels["glands"] > 0
-            both += 2 * np.count_nonzero(found & truth)
-            each += np.count_nonzero(found) + np.count_nonzero(truth)
-            of_image.append(2 * np.count_nonzero(found & truth) / (np.count_nonzero(found) + np.count_nonzero(truth)))
+        found = [find_objects(example.rgb, example.mpp * factor, model)["glands"] for example in own]
+        every = [
+            dice_parts(one.labels > 0, example.labels["glands"] > 0) for one, example in zip(found, own, strict=True)
+        ]
+        sure = [dice_parts(surely(one), example.labels["glands"] > 0) for one, example in zip(found, own, strict=True)]
         n_sources = len({example.source for example in own})
+        pooled, pooled_sure = (np.sum(parts, axis=0) for parts in (every, sure))
         print(
-            f"| {own[0].dataset} | {len(own)} | {n_sources} | {own[0].mpp * factor:.2f} "
-            f"| {both / each:.3f} | {np.mean(of_image):.3f} |",
+            f"| {own[0].dataset} | {len(own)} | {n_sources} | {own[0].mpp * factor:.2f} | {pooled[0] / pooled[1]:.3f} "
+            f"| {np.mean([both / each for both, each in every]):.3f} | {pooled_sure[0] / pooled_sure[1]:.3f} |",
             flush=True,
         )
+    path = slides / NO_GLANDS
+    print("\n| slide without glands | found mm2 | of that sure |\n| --- | --- | --- |")
+    if not path.exists():
+        print("| not there |")
+        return
+    slide = open_slide(path)
+    width, height = slide.info.dims_l0
+    mpp = slide.info.mpp[0]
+    one = find_objects(slide.read(Region(0, 0, 0, width, height)), mpp, model)["glands"]
+    areas = [np.count_nonzero(mask) * mpp**2 / 1e6 for mask in (one.labels > 0, surely(one))]
+    print(f"| {NO_GLANDS} (skin) | {areas[0]:.3f} | {areas[1]:.3f} |")
+
+
+def surely(found: Instances) -> NDArray[np.bool_]:
+    """Where the glands are that have a class probability of at least ``SURE``."""
+    return np.append(False, found.class_probability >= SURE)[found.labels]
+
+
+def dice_parts(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> tuple[int, int]:
+    """Twice what is shared, and the sum of both."""
+    return 2 * np.count_nonzero(found & truth), np.count_nonzero(found) + np.count_nonzero(truth)
 
 
 def score_tissue(examples: list[Example], model: LearnedModel, network: torch.nn.Module) -> None:
@@ -314,7 +341,7 @@ def main() -> None:
     count(args.data / "slides", finders, args.overlays)
     agree(args.data, finders)
     if is_there:
-        score_glands(examples, model)
+        score_glands(examples, model, args.data / "slides")
         score_tissue(examples, model, load_network(args.weights or default_weights()))
     clock(ClassicalNuclei())
 
