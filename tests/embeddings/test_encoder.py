@@ -14,7 +14,7 @@ from torch.nn import functional
 from pathopipe.config import EmbedConfig
 from pathopipe.embeddings import encoder as encoder_module
 from pathopipe.embeddings.catalog import find_encoder
-from pathopipe.embeddings.encoder import NetworkEncoder, _HostLane
+from pathopipe.embeddings.encoder import NetworkEncoder, _HostLane, _workers_of
 from pathopipe.embeddings.networks import EncoderNetwork, build_network
 from pathopipe.embeddings.precision import check_tiles
 from pathopipe.embeddings.recipe import EncoderSpec, Transform, Weights
@@ -315,26 +315,54 @@ class _LoggedLane(_HostLane):
     ahead = 1
 
     def __init__(self) -> None:
+        super().__init__(workers=1)
         self.underway: list[np.ndarray] = []
         self.log: list[str] = []
 
-    def send(self, images: np.ndarray) -> torch.Tensor:
+    def run(self, images: np.ndarray, forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], np.ndarray]:
         self.underway.append(images)
         self.log.append(f"send {len(images)}")
-        return super().send(images.copy())
+        values = super().run(images.copy(), forward)
+
+        def wait() -> np.ndarray:
+            self.log.append(f"arrived {len(images)}")
+            return values()
+
+        return wait
 
     def wait_for_copies(self) -> None:
         self.underway.clear()
         self.log.append("copied")
 
-    def fetch(self, features: torch.Tensor) -> Callable[[], np.ndarray]:
-        values = super().fetch(features)
 
-        def wait() -> np.ndarray:
-            self.log.append(f"arrived {len(features)}")
-            return values()
+@pytest.mark.parametrize(
+    ("threads", "workers"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (9, 3), (64, 4)]
+)
+def test_no_thread_is_left_over(threads: int, workers: int) -> None:
+    assert _workers_of(threads) == workers
 
-        return wait
+
+@pytest.mark.parametrize("n_tiles", [1, 7, 8, 9, 31])
+def test_workers_change_no_vector(n_tiles: int) -> None:
+    images = np.random.default_rng(n_tiles).integers(0, 256, (n_tiles, 224, 224, 3)).astype(np.uint8)
+    encoder = build(precision="fp32")
+    encoder._lane = _HostLane(workers=1)
+    alone = encoder.encode(images)
+    encoder._lane = _HostLane(workers=4)
+    shared = encoder.encode(images)
+    assert shared.shape == alone.shape
+    assert np.linalg.norm(shared - alone, axis=1).max() <= 1e-5 * np.linalg.norm(alone, axis=1).min()
+    assert (encoder.encode(images) == shared).all()
+
+
+def test_what_fails_in_a_worker_is_told() -> None:
+    lane = _HostLane(workers=2)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"no kernel for {len(images)} tiles")
+
+    with pytest.raises(RuntimeError, match="no kernel for 4 tiles"):
+        lane.run(np.zeros((8, 2, 2, 3), np.uint8), forward)
 
 
 def test_tiles_may_be_overwritten_once_a_batch_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
