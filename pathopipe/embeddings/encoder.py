@@ -242,8 +242,8 @@ class _HostLane:
     """The CPU: nothing is copied, all is done at once, a part of the batch by each worker.
 
     Threads that share one operation wait for each other after every one of them, and longest for the one whose core a
-    reading thread has just taken. Workers with parts of their own don't: on two cores batches of 32 tiles take up to a
-    tenth (ViT) or a third (ResNet) less time, and no more (benchmarks/workers.py).
+    reading thread, or another program, has just taken. Workers with parts of their own don't: where cores are contested
+    batches take up to a third less time, and hardly more where they are not (benchmarks/workers.py).
     """
 
     ahead = 0
