@@ -27,6 +27,7 @@ __all__ = [
     "Settings",
     "SlideFile",
     "SlideId",
+    "SlidePlaces",
     "parse_place",
     "read_config",
     "refuse_urls",
@@ -76,6 +77,14 @@ SlideFile = Annotated[
     Location,
     typer.Argument(
         parser=parse_place, metavar="SLIDE", help="A slide file, its URL, or a folder with one DICOM series."
+    ),
+]
+SlidePlaces = Annotated[
+    list[Location],
+    typer.Argument(
+        parser=parse_place,
+        metavar="SLIDE|FOLDER|MANIFEST.csv",
+        help="Slides, folders of slides, manifests; slides may be URLs.",
     ),
 ]
 SlideId = Annotated[str | None, typer.Option("--slide-id", help="Name of the slide; the file's stem when left out.")]

@@ -16,10 +16,9 @@ from pathopipe.cli.options import (
     ConfigFile,
     Device,
     EncoderNames,
-    Location,
     OutPlace,
     Settings,
-    parse_place,
+    SlidePlaces,
     read_config,
 )
 from pathopipe.cli.progress import RunProgress, format_table
@@ -55,14 +54,7 @@ class FreshStage(StrEnum):
 
 
 def run(
-    slides: Annotated[
-        list[Location],
-        typer.Argument(
-            parser=parse_place,
-            metavar="SLIDE|FOLDER|MANIFEST.csv",
-            help="Slides, folders of slides, manifests; slides may be URLs.",
-        ),
-    ],
+    slides: SlidePlaces,
     out: OutPlace,
     encoder: EncoderNames = None,
     device: Device = None,

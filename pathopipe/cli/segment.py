@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pathopipe.cli.options import (
-    ConfigFile,
-    Device,
-    Location,
-    Mpp,
-    OutPlace,
-    Settings,
-    SlideId,
-    parse_place,
-    read_config,
-)
+from pathopipe.cli.options import ConfigFile, Device, Mpp, OutPlace, Settings, SlideId, SlidePlaces, read_config
 from pathopipe.cli.progress import format_table
 
 if TYPE_CHECKING:
@@ -33,14 +23,7 @@ _LONGEST_TABLE = 60
 
 
 def segment(
-    slides: Annotated[
-        list[Location],
-        typer.Argument(
-            parser=parse_place,
-            metavar="SLIDE|FOLDER|MANIFEST.csv",
-            help="Slides, folders of slides, manifests; slides may be URLs.",
-        ),
-    ],
+    slides: SlidePlaces,
     out: OutPlace,
     tasks: Annotated[
         str | None,
