@@ -99,9 +99,9 @@ def segment(
 
 def segment_and_tell(ref: "SlideRef", plan: "RunPlan", *, fresh: bool, geojson: bool) -> None:
     """Segment one slide with progress on stderr; print what was found and where it is."""
-    from pathopipe.pipeline.segment import fields_picture_path, objects_picture_path, open_finder
+    from pathopipe.pipeline.segment import fields_picture_path, objects_picture_path
 
-    outcome = _segment(ref, plan, open_finder(plan), fresh=fresh)
+    outcome = _segment(ref, plan, None, fresh=fresh)  # opening the model is part of its time
     for line in _describe(outcome):
         print(line)
     for picture in (objects_picture_path(plan.out, ref.slide_id), fields_picture_path(plan.out, ref.slide_id)):
@@ -149,7 +149,7 @@ def _segment_each(refs: "Sequence[SlideRef]", plan: "RunPlan", *, fresh: bool, g
     return not failed
 
 
-def _segment(ref: "SlideRef", plan: "RunPlan", finder: "Finder", *, fresh: bool) -> "SegmentOutcome":
+def _segment(ref: "SlideRef", plan: "RunPlan", finder: "Finder | None", *, fresh: bool) -> "SegmentOutcome":
     from pathopipe.cli.progress import WindowProgress
     from pathopipe.pipeline.segment import segment_slide
 
